@@ -1,0 +1,15 @@
+//! skimmerd: the kernel's on-demand cache backend.
+#![deny(unsafe_code)]
+
+pub mod app;
+pub mod arena;
+pub mod blob;
+pub mod config;
+pub mod control;
+pub mod driver;
+pub mod fetch;
+pub mod frontend;
+pub mod metrics;
+pub mod mounts;
+pub mod ring;
+pub mod store;

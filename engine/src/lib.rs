@@ -1,0 +1,1 @@
+//! The sans-io core: plans, merges, enlarges, retries, budgets.

@@ -1,0 +1,1 @@
+//! RAFS v6 (EROFS) on-disk structures and their checked navigation.

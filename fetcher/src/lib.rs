@@ -1,0 +1,1 @@
+//! Sources of blob bytes, and the verification of every chunk.

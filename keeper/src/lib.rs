@@ -1,0 +1,1 @@
+//! Holds the kernel's descriptors and relays fanotify events.

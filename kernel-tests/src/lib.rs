@@ -1,0 +1,1 @@
+//! Real kernels, on the host and in QEMU.

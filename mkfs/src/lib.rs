@@ -1,0 +1,1 @@
+//! Builds RAFS v6 images from OCI images and directories.

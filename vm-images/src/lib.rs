@@ -1,0 +1,1 @@
+//! Test kernels, modules and guest roots, cached by content.
