@@ -1,0 +1,263 @@
+//! What travels over the control socket, as JSON.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// How the kernel asks for data that is not cached yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachMode {
+    /// The best mode that works on this node (a request only; a [`Mount`] never says `auto`).
+    #[default]
+    Auto,
+    /// EROFS over fscache: READ messages on `/dev/cachefiles`.
+    Fscache,
+    /// A file-backed mount of sparse files under fanotify pre-content marks.
+    Fanotify,
+    /// A plain file-backed mount of complete files; no event ever.
+    Local,
+}
+
+impl AttachMode {
+    /// The name used in requests, reports and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Fscache => "fscache",
+            Self::Fanotify => "fanotify",
+            Self::Local => "local",
+        }
+    }
+}
+
+impl fmt::Display for AttachMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for AttachMode {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        [Self::Auto, Self::Fscache, Self::Fanotify, Self::Local]
+            .into_iter()
+            .find(|mode| mode.name() == s)
+            .ok_or_else(|| format!("unknown attach mode `{s}`; use auto, fscache, fanotify or local"))
+    }
+}
+
+/// A registry login. Kept by the daemon in memory and in its runtime directory (mode 0600), never in the cache.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Credentials {
+    /// User name.
+    pub username: String,
+    /// Password or token.
+    pub password: String,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("username", &self.username).finish_non_exhaustive()
+    }
+}
+
+/// `POST /v1/mounts`: mount an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountRequest {
+    /// The image as skopeo names it: `docker://host/name:tag`, `oci:DIR[:TAG]`, `host/name:tag`, or a layout directory.
+    /// Paths must be absolute: the daemon has another working directory.
+    pub image: String,
+    /// An existing directory, absolute.
+    pub target: PathBuf,
+    /// The wanted attach mode.
+    #[serde(default)]
+    pub mode: AttachMode,
+    /// Login for the image's registry; without it the daemon's own docker configuration is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<Credentials>,
+    /// Registry hosts (`host[:port]`) that may be reached without TLS.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub insecure: Vec<String>,
+    /// PEM file with additional certificate authorities, absolute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
+}
+
+impl MountRequest {
+    /// A request with every option at its default.
+    pub fn new(image: impl Into<String>, target: impl Into<PathBuf>) -> Self {
+        Self {
+            image: image.into(),
+            target: target.into(),
+            mode: AttachMode::Auto,
+            credentials: None,
+            insecure: Vec::new(),
+            ca: None,
+        }
+    }
+}
+
+/// One live mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Where it is mounted.
+    pub target: PathBuf,
+    /// The image as it was named in the request.
+    pub image: String,
+    /// Digest of the manifest that the name meant at the time (`sha256:…`).
+    pub manifest: String,
+    /// The mode in use; never `auto`.
+    pub mode: AttachMode,
+    /// Why this mode.
+    pub reason: String,
+    /// SHA-256 of the bootstrap, which is also the fsid.
+    pub bootstrap: String,
+    /// Blob ids in device order.
+    pub blobs: Vec<String>,
+    /// Seconds since the epoch when it was mounted.
+    pub mounted_at: u64,
+}
+
+/// Whether an attach mode can be used on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModeReport {
+    /// The mode.
+    pub mode: AttachMode,
+    /// Whether it can be used.
+    pub usable: bool,
+    /// What was found, or what is missing.
+    pub reason: String,
+}
+
+/// State of one blob.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobReport {
+    /// Blob id: SHA-256 of the blob as stored at the registry.
+    pub id: String,
+    /// Size of the uncompressed device, bytes.
+    pub device_bytes: u64,
+    /// Bytes of the chunks that mounted images refer to.
+    pub referenced_bytes: u64,
+    /// Of those, bytes on disk and verified.
+    pub ready_bytes: u64,
+    /// Bytes being fetched or written now.
+    pub inflight_bytes: u64,
+    /// Kernel requests waiting for data of this blob.
+    pub pending_reads: u64,
+    /// Kernel requests seen for this blob since the daemon started.
+    pub reads: u64,
+    /// Whether the kernel still asks us before reading it (a fanotify mark, or an open cachefiles object).
+    pub watched: bool,
+    /// The last failure, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
+}
+
+/// State of the process that holds the kernel's descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperReport {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// Whether the daemon is connected to it.
+    pub connected: bool,
+    /// Files it held when this daemon started.
+    pub inherited_files: u64,
+}
+
+/// `GET /v1/status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Version of the daemon.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// Its root directory (cache and state).
+    pub root: PathBuf,
+    /// The attach modes of this node.
+    pub modes: Vec<ModeReport>,
+    /// The keeper.
+    pub keeper: KeeperReport,
+    /// Live mounts, by target.
+    pub mounts: Vec<Mount>,
+    /// Blobs of live mounts, by id.
+    pub blobs: Vec<BlobReport>,
+}
+
+/// Query of `DELETE /v1/mounts`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UmountQuery {
+    /// The mount's target.
+    pub target: PathBuf,
+    /// Detach although files are open (MNT_DETACH).
+    #[serde(default)]
+    pub detach: bool,
+}
+
+/// `POST /v1/shutdown`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShutdownRequest {
+    /// Unmount everything first and stop the keeper too. Without it mounts and keeper stay, and reads of data that is
+    /// not cached wait for the next daemon.
+    #[serde(default)]
+    pub umount: bool,
+}
+
+/// Answer to `POST /v1/shutdown`; the daemon exits after sending it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShutdownReport {
+    /// Mounts taken down.
+    pub unmounted: Vec<PathBuf>,
+    /// Mounts that stay.
+    pub remaining: Vec<PathBuf>,
+    /// Whether the keeper was told to exit too.
+    pub keeper_stopped: bool,
+}
+
+/// Every reply that is not a success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{error}")]
+pub struct ApiError {
+    /// What went wrong, and where.
+    pub error: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_read_back_by_name() {
+        for mode in [AttachMode::Auto, AttachMode::Fscache, AttachMode::Fanotify, AttachMode::Local] {
+            assert_eq!(mode.name().parse::<AttachMode>(), Ok(mode));
+            assert_eq!(serde_json::to_string(&mode).unwrap(), format!("\"{mode}\""));
+        }
+        assert!("loop".parse::<AttachMode>().unwrap_err().contains("loop"));
+    }
+
+    #[test]
+    fn a_request_needs_only_image_and_target() {
+        let request: MountRequest = serde_json::from_str(r#"{"image":"oci:/a","target":"/mnt"}"#).unwrap();
+        assert_eq!(request, MountRequest::new("oci:/a", "/mnt"));
+        let typo = serde_json::from_str::<MountRequest>(r#"{"image":"a","target":"/m","mod":"auto"}"#);
+        assert!(typo.unwrap_err().to_string().contains("mod"));
+    }
+
+    #[test]
+    fn debug_hides_the_password() {
+        let text = format!("{:?}", Credentials { username: "me".into(), password: "hunter2".into() });
+        assert!(text.contains("me") && !text.contains("hunter2"));
+    }
+}
