@@ -1,2 +1,25 @@
-//! Entry point.
-fn main() {}
+//! The project's own commands, run as `cargo xtask NAME`.
+#![forbid(unsafe_code)]
+
+mod demo;
+mod run;
+mod test;
+
+use clap::Parser;
+
+/// Skimmer's development commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+enum Command {
+    /// Run every check and test: format, lints, unit, property, simulator, real kernels on the host and in QEMU.
+    Test(test::Options),
+    /// Start a container's program from a registry over a slow link, ours against pull-everything.
+    Demo(demo::Options),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Command::parse() {
+        Command::Test(options) => test::run(&options),
+        Command::Demo(options) => demo::run(&options),
+    }
+}
