@@ -1,0 +1,1 @@
+//! The unsafe parts of the data path.
