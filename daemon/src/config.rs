@@ -1,1 +1,317 @@
-//! Being written.
+//! `skimmerd.toml`: every option has a default, an unknown one is an error that names key, line and file.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use skimmer_client::AttachMode;
+
+/// The file read when none is named and it exists.
+pub const DEFAULT_PATH: &str = "/etc/skimmer/skimmerd.toml";
+
+/// The default configuration with every option and what it means (`skimmerd --print-default-config`).
+pub const DEFAULT_TEXT: &str = include_str!("default.toml");
+
+/// Everything that can be set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Cache and state.
+    pub root: PathBuf,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// The keeper's socket.
+    pub keeper_socket: PathBuf,
+    /// Log filter, as `tracing` reads it.
+    pub log: String,
+    /// How data is fetched.
+    pub fetch: Fetch,
+    /// How images are mounted.
+    pub mount: Mount,
+    /// How registries are reached.
+    pub registry: Registry,
+    /// The fscache attach mode.
+    pub fscache: Fscache,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/skimmer".into(),
+            socket: skimmer_client::DEFAULT_SOCKET.into(),
+            keeper_socket: "/run/skimmer/keeper.sock".into(),
+            log: "info".into(),
+            fetch: Fetch::default(),
+            mount: Mount::default(),
+            registry: Registry::default(),
+            fscache: Fscache::default(),
+        }
+    }
+}
+
+/// `[fetch]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fetch {
+    /// Buffer memory, MiB.
+    pub budget_mib: u64,
+    /// How long a read may wait for its data before it fails, seconds.
+    pub read_deadline_s: u64,
+    /// Attempts per fetch.
+    pub max_attempts: u32,
+    /// How long a read that arrived before its image was known again may wait after a restart, seconds.
+    pub park_s: u64,
+}
+
+impl Default for Fetch {
+    fn default() -> Self {
+        Self { budget_mib: 64, read_deadline_s: 60, max_attempts: 6, park_s: 60 }
+    }
+}
+
+/// `[mount]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Mount {
+    /// The mode of requests that say `auto`.
+    pub mode: AttachMode,
+    /// Readahead of every mount, KiB; 0 leaves the kernel's.
+    pub read_ahead_kib: u64,
+    /// How long the probe read that proves a mount may take, seconds.
+    pub probe_timeout_s: u64,
+    /// How long the image's manifest and bootstrap may take to arrive, seconds.
+    pub open_timeout_s: u64,
+}
+
+impl Default for Mount {
+    fn default() -> Self {
+        Self { mode: AttachMode::Auto, read_ahead_kib: 2048, probe_timeout_s: 30, open_timeout_s: 120 }
+    }
+}
+
+impl Mount {
+    /// The probe's limit.
+    pub fn probe_timeout(&self) -> Duration {
+        Duration::from_secs(self.probe_timeout_s)
+    }
+
+    /// The limit for resolving an image.
+    pub fn open_timeout(&self) -> Duration {
+        Duration::from_secs(self.open_timeout_s)
+    }
+}
+
+/// `[registry]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    /// Hosts (`host[:port]`) that may be reached without TLS, besides loopback.
+    pub insecure: Vec<String>,
+    /// PEM file with additional certificate authorities.
+    pub ca: Option<PathBuf>,
+}
+
+/// `[fscache]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fscache {
+    /// Whether `/dev/cachefiles` is used where it is there.
+    pub enable: bool,
+    /// The cache's name in the kernel.
+    pub tag: String,
+}
+
+impl Default for Fscache {
+    fn default() -> Self {
+        Self { enable: true, tag: "skimmer".into() }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, has an unknown key or a value of the wrong kind.
+    #[error("{}:{line}:{column}: {reason}; `skimmerd --print-default-config` shows every option", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1, in characters.
+        column: usize,
+        /// What the parser found; names the key.
+        reason: String,
+    },
+    /// A value that cannot work.
+    #[error("{}: `{key}` {reason}", path.display())]
+    Value {
+        /// The file, or a word for where the value came from.
+        path: PathBuf,
+        /// The option.
+        key: &'static str,
+        /// What is wrong and what is right.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Reads `path`; `None` reads [`DEFAULT_PATH`] when it exists, else gives the defaults.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the file.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, required) = match path {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_PATH), false),
+        };
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: path.into(), source }),
+        }
+    }
+
+    /// Parses the text of `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError::Syntax`] with the place, [`ConfigError::Value`] with the key.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let start = error.span().map_or(0, |span| span.start);
+            let before = text.get(..start).unwrap_or(text);
+            ConfigError::Syntax {
+                path: path.into(),
+                line: before.matches('\n').count() + 1,
+                column: before.rsplit('\n').next().unwrap_or_default().chars().count() + 1,
+                reason: error.message().replace('\n', " "),
+            }
+        })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    /// Checks the values; `path` is only named in errors.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let fail = |key, reason: &str| Err(ConfigError::Value { path: path.into(), key, reason: reason.into() });
+        for (key, value) in
+            [("root", &self.root), ("socket", &self.socket), ("keeper_socket", &self.keeper_socket)]
+        {
+            if !value.is_absolute() {
+                return fail(key, &format!("is {:?}; it must be an absolute path", value.display().to_string()));
+            }
+        }
+        if self.socket == self.keeper_socket {
+            return fail("keeper_socket", "is the same as `socket`; they are two sockets");
+        }
+        if !(1..=1024).contains(&self.fetch.budget_mib) {
+            return fail("fetch.budget_mib", "must be from 1 to 1024");
+        }
+        if self.fetch.max_attempts == 0 {
+            return fail("fetch.max_attempts", "must be at least 1");
+        }
+        for (key, value) in [
+            ("fetch.read_deadline_s", self.fetch.read_deadline_s),
+            ("fetch.park_s", self.fetch.park_s),
+            ("mount.probe_timeout_s", self.mount.probe_timeout_s),
+            ("mount.open_timeout_s", self.mount.open_timeout_s),
+        ] {
+            if !(1..=86_400).contains(&value) {
+                return fail(key, "must be from 1 to 86400 seconds");
+            }
+        }
+        if self.mount.read_ahead_kib > 1 << 20 {
+            return fail("mount.read_ahead_kib", "must be at most 1048576");
+        }
+        let tag = &self.fscache.tag;
+        if tag.is_empty() || tag.len() > 64 || !tag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+            return fail("fscache.tag", "must be 1 to 64 letters, digits or `-`");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/etc/x.toml"))
+    }
+
+    #[test]
+    fn the_printed_default_is_the_default() {
+        assert_eq!(parse(DEFAULT_TEXT).unwrap(), Config::default());
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_printed_default_names_every_option() {
+        let full = Config {
+            registry: Registry { ca: Some("/ca.pem".into()), ..Registry::default() },
+            ..Config::default()
+        };
+        let toml::Value::Table(tables) = toml::Value::try_from(full).unwrap() else { panic!("not a table") };
+        let mut keys = Vec::new();
+        for (key, value) in &tables {
+            match value {
+                toml::Value::Table(inner) => keys.extend(inner.keys().cloned()),
+                _ => keys.push(key.clone()),
+            }
+        }
+        assert!(keys.len() > 10);
+        for key in keys {
+            assert!(
+                DEFAULT_TEXT.lines().any(|l| l.trim_start_matches(['#', ' ']).starts_with(&format!("{key} ="))),
+                "{key} is not in the printed default"
+            );
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_file_and_line() {
+        let text = parse("log = \"debug\"\n\n[mount]\nread_ahead = 5\n").unwrap_err().to_string();
+        assert!(text.starts_with("/etc/x.toml:4:1: ") && text.contains("`read_ahead`"), "{text}");
+        let text = parse("colour = 1\n").unwrap_err().to_string();
+        assert!(text.starts_with("/etc/x.toml:1:1: ") && text.contains("`colour`"), "{text}");
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_kind_is_named_with_file_and_line() {
+        let text = parse("[fetch]\nbudget_mib = \"much\"\n").unwrap_err().to_string();
+        assert!(text.starts_with("/etc/x.toml:2:14: "), "{text}");
+        let text = parse("[fetch\n").unwrap_err().to_string();
+        assert!(text.starts_with("/etc/x.toml:1:"), "{text}");
+    }
+
+    #[test]
+    fn values_that_cannot_work_are_refused() {
+        for (text, key) in [
+            ("root = \"var\"", "root"),
+            ("socket = \"/a\"\nkeeper_socket = \"/a\"", "keeper_socket"),
+            ("[fetch]\nbudget_mib = 0", "fetch.budget_mib"),
+            ("[fetch]\nmax_attempts = 0", "fetch.max_attempts"),
+            ("[mount]\nprobe_timeout_s = 0", "mount.probe_timeout_s"),
+            ("[fscache]\ntag = \"a b\"", "fscache.tag"),
+        ] {
+            let message = parse(text).unwrap_err().to_string();
+            assert!(message.contains(&format!("`{key}`")) && message.contains("/etc/x.toml"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let error = Config::load(Some(Path::new("/nonexistent/skimmerd.toml"))).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/skimmerd.toml"), "{error}");
+    }
+}
