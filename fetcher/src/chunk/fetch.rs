@@ -1,0 +1,225 @@
+//! One range read that covers a plan of chunks; each chunk is handed over while later bytes arrive.
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use futures_util::future::Either;
+use futures_util::stream::FuturesUnordered;
+use tokio::task::JoinHandle;
+
+use super::{ChunkError, ChunkSpec, Codec, FetchError, Verified, seal, split, verify};
+use crate::source::{BlobRef, Source};
+
+/// Chunks at most this long are decoded on the calling task: a thread hop costs more.
+const INLINE_LEN: u32 = 32 * 1024;
+/// Chunks being decoded on other threads at one time. Bounds what a fast source can pile up.
+const DECODING: usize = 8;
+
+/// A chunk whose stored bytes are arriving.
+enum Arriving<B> {
+    /// Stored raw: bytes go straight to their place.
+    Raw { buffer: B, filled: usize },
+    /// Compressed: collected until whole, unless one piece holds all of it.
+    Coded { buffer: B, stored: Bytes, more: BytesMut },
+}
+
+impl<B: AsMut<[u8]>> Arriving<B> {
+    fn new(spec: &ChunkSpec, buffer: B) -> Self {
+        match spec.codec {
+            Codec::None => Self::Raw { buffer, filled: 0 },
+            _ => Self::Coded { buffer, stored: Bytes::new(), more: BytesMut::new() },
+        }
+    }
+
+    /// Adds the next stored bytes. The caller never gives more than the chunk has.
+    fn add(&mut self, spec: &ChunkSpec, piece: Bytes) {
+        match self {
+            Self::Raw { buffer, filled } => {
+                let end = *filled + piece.len();
+                buffer.as_mut()[*filled..end].copy_from_slice(&piece);
+                *filled = end;
+            }
+            Self::Coded { stored, more, .. } if stored.is_empty() && more.is_empty() => {
+                // `check` has bounded the stored length by the chunk's length.
+                if u64::try_from(piece.len()) != Ok(u64::from(spec.stored_len)) {
+                    more.reserve(usize::try_from(spec.stored_len).unwrap_or(0));
+                    more.extend_from_slice(&piece);
+                } else {
+                    *stored = piece;
+                }
+            }
+            Self::Coded { more, .. } => more.extend_from_slice(&piece),
+        }
+    }
+
+    fn check(self, spec: &ChunkSpec) -> Result<Verified<B>, ChunkError> {
+        match self {
+            Self::Raw { buffer, filled } => seal(spec, buffer, filled),
+            Self::Coded { buffer, stored, more } if more.is_empty() => verify(spec, &stored, buffer),
+            Self::Coded { buffer, more, .. } => verify(spec, &more, buffer),
+        }
+    }
+}
+
+type Checked<B> = (usize, Result<Verified<B>, ChunkError>);
+
+/// Reads the plan's chunks as one contiguous range and hands each over once it is verified.
+///
+/// The plan must be in stored order without overlap; stored bytes between planned chunks are skipped.
+/// `on_chunk` gets the position in the plan; calls may come in another order than the plan. A chunk that
+/// fails its check is left out and the others still come; the first such failure is the result. One
+/// attempt: retries belong to the caller.
+pub async fn fetch<B>(
+    source: &dyn Source,
+    blob: &BlobRef,
+    plan: Vec<(ChunkSpec, B)>,
+    mut on_chunk: impl FnMut(usize, Verified<B>) + Send,
+) -> Result<(), FetchError>
+where
+    B: AsMut<[u8]> + AsRef<[u8]> + Send + 'static,
+{
+    let (specs, mut buffers) = check_plan(blob, plan)?;
+    let (Some(first), Some(last)) = (specs.first(), specs.last()) else { return Ok(()) };
+    let mut body = source.read(blob, first.stored_offset..last.stored_end()).await?;
+
+    let mut failure: Option<(usize, ChunkError)> = None;
+    let mut finish = |(index, result): Checked<B>| match result {
+        Ok(verified) => on_chunk(index, verified),
+        Err(error) => {
+            // The lowest position, whatever the order of arrival, so that errors can be compared.
+            if failure.as_ref().is_none_or(|(earlier, _)| index < *earlier) {
+                failure = Some((index, error));
+            }
+        }
+    };
+
+    let mut decoding: FuturesUnordered<JoinHandle<Checked<B>>> = FuturesUnordered::new();
+    let mut position = first.stored_offset;
+    let mut index = 0;
+    let mut arriving: Option<Arriving<B>> = None;
+    let ended = loop {
+        let next = {
+            let piece = std::pin::pin!(body.next());
+            if decoding.is_empty() {
+                Either::Left(piece.await)
+            } else {
+                // `body.next()` loses nothing when it is dropped unfinished: it takes a piece and returns it
+                // in the same poll.
+                match futures_util::future::select(piece, decoding.next()).await {
+                    Either::Left((piece, _)) => Either::Left(piece),
+                    Either::Right((done, _)) => Either::Right(done),
+                }
+            }
+        };
+        let mut piece = match next {
+            Either::Right(done) => {
+                if let Some(done) = done {
+                    finish(joined(done));
+                }
+                continue;
+            }
+            Either::Left(None) => break Ok(()),
+            Either::Left(Some(Err(error))) => break Err(error),
+            Either::Left(Some(Ok(piece))) => piece,
+        };
+        while !piece.is_empty() {
+            let Some(spec) = specs.get(index) else { break };
+            if position < spec.stored_offset {
+                let skip = clamp(spec.stored_offset - position, piece.len());
+                position += advance(&mut piece, skip);
+                continue;
+            }
+            let Some(mut chunk) =
+                arriving.take().or_else(|| Some(Arriving::new(spec, buffers[index].take()?)))
+            else {
+                break; // each buffer is taken once, by its own index
+            };
+            let wanted = clamp(spec.stored_end() - position, piece.len());
+            chunk.add(spec, piece.slice(..wanted));
+            position += advance(&mut piece, wanted);
+            if position < spec.stored_end() {
+                arriving = Some(chunk);
+                continue;
+            }
+            if spec.len.max(spec.stored_len) <= INLINE_LEN {
+                finish((index, chunk.check(spec)));
+            } else {
+                while decoding.len() >= DECODING {
+                    if let Some(done) = decoding.next().await {
+                        finish(joined(done));
+                    }
+                }
+                let (spec, at) = (*spec, index);
+                decoding.push(tokio::task::spawn_blocking(move || (at, chunk.check(&spec))));
+            }
+            index += 1;
+        }
+    };
+    while let Some(done) = decoding.next().await {
+        finish(joined(done));
+    }
+    ended?;
+    match failure {
+        None => Ok(()),
+        Some((index, error)) => Err(FetchError::Chunk {
+            source_name: source.name().to_owned(),
+            blob: blob.digest,
+            index,
+            spec: specs[index],
+            error,
+        }),
+    }
+}
+
+/// Splits the plan after checking that it can be read as one range.
+#[allow(clippy::type_complexity)] // private, and a name for the pair would say less
+fn check_plan<B: AsMut<[u8]>>(
+    blob: &BlobRef,
+    plan: Vec<(ChunkSpec, B)>,
+) -> Result<(Vec<ChunkSpec>, Vec<Option<B>>), FetchError> {
+    let mut specs: Vec<ChunkSpec> = Vec::with_capacity(plan.len());
+    let mut buffers = Vec::with_capacity(plan.len());
+    for (index, (spec, mut buffer)) in plan.into_iter().enumerate() {
+        split(&spec, &mut buffer).map_err(|error| FetchError::Plan(format!("chunk {index}: {error}")))?;
+        let earliest = specs.last().map_or(0, ChunkSpec::stored_end);
+        if spec.stored_offset < earliest {
+            let detail = format!(
+                "chunk {index} starts at stored byte {}, before the end {earliest} of the one before it",
+                spec.stored_offset
+            );
+            return Err(FetchError::Plan(detail));
+        }
+        if spec.stored_end() > blob.size {
+            let detail = format!(
+                "chunk {index} ends at stored byte {}, blob {} has {}",
+                spec.stored_end(),
+                blob.digest,
+                blob.size
+            );
+            return Err(FetchError::Plan(detail));
+        }
+        specs.push(spec);
+        buffers.push(Some(buffer));
+    }
+    Ok((specs, buffers))
+}
+
+fn clamp(bytes: u64, most: usize) -> usize {
+    usize::try_from(bytes).map_or(most, |bytes| bytes.min(most))
+}
+
+/// Drops `count` bytes from the front and returns the count as an offset.
+fn advance(piece: &mut Bytes, count: usize) -> u64 {
+    piece.advance(count);
+    u64::try_from(count).expect("usize fits in 64 bits")
+}
+
+fn joined<T>(result: Result<T, tokio::task::JoinError>) -> T {
+    match result {
+        Ok(done) => done,
+        // A panic in a decoder is a bug: let it surface on the caller's task.
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => panic!("a decoding task ended early: {error}"),
+        },
+    }
+}

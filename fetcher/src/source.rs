@@ -1,0 +1,298 @@
+//! What every supplier of blob bytes offers, and how it fails.
+
+use std::fmt;
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
+
+use crate::digest::Digest;
+
+/// A blob as a trusted document (manifest or bootstrap) names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlobRef {
+    /// sha256 of the whole blob as it is stored.
+    pub digest: Digest,
+    /// Stored size in bytes.
+    pub size: u64,
+}
+
+impl fmt::Display for BlobRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({} bytes)", self.digest, self.size)
+    }
+}
+
+/// Anything that yields blob bytes.
+///
+/// The bytes are *not* verified here: only [`crate::chunk`] and the whole-blob readers do that.
+#[async_trait::async_trait]
+pub trait Source: Send + Sync {
+    /// A name for logs and errors; holds no secret.
+    fn name(&self) -> &str;
+
+    /// Reads `range` (bytes of the stored blob). The body ends exactly at the end of the range, or with an
+    /// error. An empty range, or one that leaves the blob, is an error of class [`ErrorClass::BadRange`].
+    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError>;
+
+    /// Whether the source holds the blob with the size that `blob` states.
+    async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError>;
+}
+
+/// What a failure means for the one who plans retries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorClass {
+    /// May pass: connection, time-out, truncated body, 408, 425, 429, 5xx. The same request may be repeated.
+    Transient,
+    /// 401 after the credentials were tried, or 403. Not for retry at this source.
+    Denied,
+    /// The source does not have the blob or manifest.
+    NotFound,
+    /// The source answered against the protocol; its bytes must not be used.
+    BadReply,
+    /// The range is empty or outside the blob, or the server says 416: our mistake or a wrong blob size.
+    BadRange,
+    /// The server ignores ranges.
+    NoRanges,
+    /// The certificate of the server was refused.
+    Certificate,
+    /// The request cannot be made this way: plain HTTP where it is not allowed, an unknown form.
+    Unsupported,
+    /// The local file system failed.
+    Io,
+    /// Content does not match its digest.
+    Corrupt,
+}
+
+/// A failed read: what, where, and whether it may pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceError {
+    /// What the failure means for retries.
+    pub class: ErrorClass,
+    /// How long the server asked us to stay away (`Retry-After`, clamped to ten minutes).
+    pub retry_after: Option<Duration>,
+    /// The source's name.
+    pub source: String,
+    /// The blob that was read, when there was one.
+    pub blob: Option<Digest>,
+    /// The range that was read, in bytes of the stored blob.
+    pub range: Option<Range<u64>>,
+    /// What went wrong. Holds no credential, token or query string.
+    pub detail: String,
+}
+
+impl SourceError {
+    /// An error of `class` at the source named `source`.
+    pub fn new(class: ErrorClass, source: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self {
+            class,
+            retry_after: None,
+            source: source.into(),
+            blob: None,
+            range: None,
+            detail: detail.into(),
+        }
+    }
+
+    /// Adds what was being read.
+    #[must_use]
+    pub fn reading(mut self, blob: &BlobRef, range: Range<u64>) -> Self {
+        self.blob = Some(blob.digest);
+        self.range = Some(range);
+        self
+    }
+
+    /// Adds the time the server asked for.
+    #[must_use]
+    pub fn retry_after(mut self, after: Option<Duration>) -> Self {
+        self.retry_after = after;
+        self
+    }
+
+    /// Whether the same request to the same source may succeed later.
+    pub fn may_pass(&self) -> bool {
+        self.class == ErrorClass::Transient
+    }
+}
+
+impl fmt::Display for SourceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.source)?;
+        if let Some(blob) = &self.blob {
+            write!(f, "blob {blob}")?;
+            if let Some(range) = &self.range {
+                write!(f, " bytes {}..{}", range.start, range.end)?;
+            }
+            write!(f, ": ")?;
+        }
+        write!(f, "{}", self.detail)?;
+        if let Some(after) = self.retry_after {
+            write!(f, " (the server asks to wait {} s)", after.as_secs())?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for SourceError {}
+
+/// Refuses ranges that are empty or leave the blob.
+pub(crate) fn check_range(source: &str, blob: &BlobRef, range: &Range<u64>) -> Result<(), SourceError> {
+    if range.start >= range.end || range.end > blob.size {
+        let detail = format!("the range is empty or leaves the blob of {} bytes", blob.size);
+        return Err(SourceError::new(ErrorClass::BadRange, source, detail).reading(blob, range.clone()));
+    }
+    Ok(())
+}
+
+/// The bytes of one range as they arrive.
+///
+/// Ends with `None` exactly at the end of the range; a source that stops early, sends too much or stalls
+/// gives an error instead.
+pub struct Body {
+    pieces: BoxStream<'static, Result<Bytes, SourceError>>,
+    source: String,
+    blob: BlobRef,
+    range: Range<u64>,
+    next: u64,
+    idle: Option<Duration>,
+    ended: bool,
+}
+
+impl Body {
+    /// Wraps the pieces of `range`. `idle` is the longest wait for a piece.
+    pub fn new(
+        source: impl Into<String>,
+        blob: &BlobRef,
+        range: Range<u64>,
+        idle: Option<Duration>,
+        pieces: BoxStream<'static, Result<Bytes, SourceError>>,
+    ) -> Self {
+        Self { pieces, source: source.into(), blob: *blob, next: range.start, range, idle, ended: false }
+    }
+
+    /// Bytes of the range that have not come yet.
+    pub fn remaining(&self) -> u64 {
+        self.range.end - self.next
+    }
+
+    /// The next piece, never empty. After an error or the end it returns `None`.
+    pub async fn next(&mut self) -> Option<Result<Bytes, SourceError>> {
+        if self.ended {
+            return None;
+        }
+        loop {
+            let piece = match self.idle {
+                None => self.pieces.next().await,
+                Some(idle) => match tokio::time::timeout(idle, self.pieces.next()).await {
+                    Ok(piece) => piece,
+                    Err(_) => return Some(self.fail_stalled(idle)),
+                },
+            };
+            match piece {
+                Some(Ok(bytes)) if bytes.is_empty() => {}
+                Some(Ok(bytes)) => {
+                    let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+                    if length > self.remaining() {
+                        let detail = "the source sent more bytes than the range holds";
+                        return Some(self.fail(ErrorClass::BadReply, detail.into()));
+                    }
+                    self.next += length;
+                    return Some(Ok(bytes));
+                }
+                Some(Err(error)) => {
+                    self.ended = true;
+                    let (blob, range) = (self.blob, self.range.clone());
+                    return Some(Err(if error.blob.is_none() { error.reading(&blob, range) } else { error }));
+                }
+                None if self.remaining() > 0 => {
+                    let detail =
+                        format!("the body ended at byte {}, {} bytes early", self.next, self.remaining());
+                    return Some(self.fail(ErrorClass::Transient, detail));
+                }
+                None => {
+                    self.ended = true;
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn fail_stalled(&mut self, idle: Duration) -> Result<Bytes, SourceError> {
+        let detail = format!("no byte came for {} ms at byte {}", idle.as_millis(), self.next);
+        self.fail(ErrorClass::Transient, detail)
+    }
+
+    fn fail(&mut self, class: ErrorClass, detail: String) -> Result<Bytes, SourceError> {
+        self.ended = true;
+        Err(SourceError::new(class, &self.source, detail).reading(&self.blob, self.range.clone()))
+    }
+
+    /// Collects the whole body. The caller has bounded the range.
+    pub async fn collect(mut self) -> Result<Vec<u8>, SourceError> {
+        let mut all = Vec::with_capacity(usize::try_from(self.remaining()).unwrap_or(0).min(1 << 20));
+        while let Some(piece) = self.next().await {
+            all.extend_from_slice(&piece?);
+        }
+        Ok(all)
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Body")
+            .field("source", &self.source)
+            .field("blob", &self.blob)
+            .field("range", &self.range)
+            .field("next", &self.next)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+
+    use super::*;
+
+    fn body(pieces: Vec<Result<Bytes, SourceError>>, range: Range<u64>) -> Body {
+        let blob = BlobRef { digest: Digest::of(b""), size: 100 };
+        Body::new("test", &blob, range, Some(Duration::from_millis(20)), stream::iter(pieces).boxed())
+    }
+
+    fn bytes(count: usize) -> Result<Bytes, SourceError> {
+        Ok(Bytes::from(vec![7; count]))
+    }
+
+    #[tokio::test]
+    async fn exact_body_ends_once() {
+        let mut exact = body(vec![bytes(3), bytes(0), bytes(2)], 10..15);
+        assert_eq!(exact.next().await.unwrap().unwrap().len(), 3);
+        assert_eq!(exact.remaining(), 2);
+        assert_eq!(exact.next().await.unwrap().unwrap().len(), 2);
+        assert!(exact.next().await.is_none());
+        assert!(exact.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn short_long_and_stalled_bodies_fail() {
+        let short = body(vec![bytes(3)], 10..15).collect().await.unwrap_err();
+        assert_eq!(short.class, ErrorClass::Transient);
+        assert_eq!(short.range, Some(10..15));
+        let long = body(vec![bytes(3), bytes(3)], 10..15).collect().await.unwrap_err();
+        assert_eq!(long.class, ErrorClass::BadReply);
+        let blob = BlobRef { digest: Digest::of(b""), size: 100 };
+        let pending = Body::new(
+            "test",
+            &blob,
+            0..5,
+            Some(Duration::from_millis(20)),
+            stream::iter(vec![bytes(1)]).chain(stream::pending()).boxed(),
+        );
+        let stalled = pending.collect().await.unwrap_err();
+        assert_eq!(stalled.class, ErrorClass::Transient);
+        assert!(stalled.detail.contains("at byte 1"), "{stalled}");
+    }
+}
