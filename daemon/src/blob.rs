@@ -343,10 +343,10 @@ fn codec(compressor: Compressor) -> skimmer_fetcher::chunk::Codec {
     }
 }
 
-fn chunk_digest(algo: DigestAlgo, digest: [u8; 32]) -> skimmer_fetcher::chunk::Digest {
-    use skimmer_fetcher::chunk::Digest;
+fn chunk_digest(algo: DigestAlgo, digest: [u8; 32]) -> skimmer_fetcher::chunk::ChunkDigest {
+    use skimmer_fetcher::chunk::ChunkDigest;
     match algo {
-        DigestAlgo::Blake3 => Digest::Blake3(digest),
-        DigestAlgo::Sha256 => Digest::Sha256(digest),
+        DigestAlgo::Blake3 => ChunkDigest::Blake3(digest),
+        DigestAlgo::Sha256 => ChunkDigest::Sha256(digest),
     }
 }
