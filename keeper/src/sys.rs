@@ -1,0 +1,2 @@
+//! The system calls that have no safe wrapper.
+#![allow(unsafe_code)]
