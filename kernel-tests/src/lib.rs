@@ -1,1 +1,14 @@
-//! Real kernels, on the host and in QEMU.
+//! Real kernels, on the host and in QEMU: what the tests and the demo share.
+//!
+//! * [`tree`] lists directory trees canonically and names every difference between two of them.
+//! * [`agent`] is the guest's side of [`skimmer_vm_images::Vm`].
+//! * [`skips`] records a test that cannot run here, so that it is counted and not forgotten.
+//! * [`fixture`], [`registry`] and [`skimmer`] make a hard OCI image, serve it, and run our programs.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod fixture;
+pub mod registry;
+pub mod skimmer;
+pub mod skips;
+pub mod tree;

@@ -1,0 +1,9 @@
+//! The guest's side: first process, and server of the host's requests.
+
+mod forward;
+mod init;
+mod jobs;
+mod serve;
+
+pub use init::init;
+pub use serve::serve;

@@ -1,0 +1,47 @@
+//! skimmer-agent: the guest's first process and its agent, and the lister of trees.
+#![forbid(unsafe_code)]
+
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use kernel_tests::{agent, tree};
+
+/// The test guest's agent.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Be the first process of a guest: set it up, start the agent, reap orphans
+    Init,
+    /// Serve the host's requests
+    Serve,
+    /// Print a canonical listing of a directory tree, one JSON object a line
+    Treelist {
+        /// The root of the tree
+        directory: PathBuf,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().action {
+        Action::Init => agent::init(),
+        Action::Serve => agent::serve(),
+        Action::Treelist { directory } => {
+            let mut out = BufWriter::new(std::io::stdout().lock());
+            tree::walk(&directory, |entry| {
+                serde_json::to_writer(&mut out, &entry)?;
+                out.write_all(b"\n")?;
+                Ok(())
+            })?;
+            out.flush()?;
+            Ok(())
+        }
+    }
+}
