@@ -35,15 +35,8 @@ impl DenyErrno {
     /// The permitted error of that number; every other number becomes [`DenyErrno::Io`].
     #[must_use]
     pub fn from_raw(errno: i32) -> Self {
-        match Errno::from_raw_os_error(errno) {
-            Errno::PERM => Self::Perm,
-            Errno::BUSY => Self::Busy,
-            Errno::TXTBSY => Self::TextBusy,
-            Errno::AGAIN => Self::Again,
-            Errno::NOSPC => Self::NoSpace,
-            Errno::DQUOT => Self::Quota,
-            _ => Self::Io,
-        }
+        let all = [Self::Perm, Self::Busy, Self::TextBusy, Self::Again, Self::NoSpace, Self::Quota];
+        all.into_iter().find(|known| known.raw() == errno).unwrap_or(Self::Io)
     }
 
     /// The number.
