@@ -1,0 +1,170 @@
+//! All that is known of one object.
+
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use crate::chunk::{Chunk, index, lookup};
+use crate::link::Link;
+use crate::plan::Plan;
+use crate::waiters::Waiters;
+use crate::window::Windows;
+use crate::{MapError, ReadId, ReadySet, check_map};
+
+#[derive(Debug)]
+pub(crate) struct Object {
+    pub(crate) chunks: Vec<Chunk>,
+    pub(crate) ready: ReadySet,
+    pub(crate) plan: Plan,
+    pub(crate) waiters: Waiters,
+    pub(crate) windows: Windows,
+    pub(crate) link: Link,
+    pub(crate) sources: u32,
+    /// Flights that are not released yet.
+    pub(crate) flights: u32,
+    /// Whether it stands in the line of each priority.
+    pub(crate) in_line: [bool; 3],
+    pub(crate) growth: Option<Growth>,
+}
+
+/// A larger chunk list that takes effect when the last flight of the old one is released.
+#[derive(Debug)]
+pub(crate) struct Growth {
+    pub(crate) chunks: Vec<Chunk>,
+    pub(crate) ready: ReadySet,
+    /// Reads that came meanwhile; some may be gone by now.
+    pub(crate) parked: Vec<ReadId>,
+    pub(crate) prefetches: Vec<Range<u64>>,
+}
+
+/// A look at one object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ObjectStatus {
+    /// Chunks it has.
+    pub chunks: u32,
+    /// Chunks on disk and verified.
+    pub ready: u32,
+    /// Reads that wait.
+    pub waiting: u64,
+    /// Flights between `Fetch` and `Release`.
+    pub flights: u32,
+}
+
+impl Object {
+    /// Takes a checked chunk list.
+    pub(crate) fn new(chunks: Vec<Chunk>, ready: ReadySet) -> Self {
+        Self {
+            chunks,
+            ready,
+            plan: Plan::default(),
+            waiters: Waiters::default(),
+            windows: Windows::default(),
+            link: Link::default(),
+            sources: 1,
+            flights: 0,
+            in_line: [false; 3],
+            growth: None,
+        }
+    }
+
+    /// The chunks that hold a byte of a device range.
+    pub(crate) fn chunks_of(&self, bytes: &Range<u64>) -> Range<u32> {
+        lookup(&self.chunks, bytes)
+    }
+
+    pub(crate) fn status(&self) -> ObjectStatus {
+        ObjectStatus {
+            chunks: self.ready.len(),
+            ready: self.ready.count(),
+            waiting: u64::try_from(self.waiters.len()).unwrap_or(u64::MAX),
+            flights: self.flights,
+        }
+    }
+}
+
+/// Checks a chunk list and its ready set.
+pub(crate) fn check(chunks: &[Chunk], ready: &ReadySet) -> Result<(), MapError> {
+    check_map(chunks)?;
+    let count = u32::try_from(chunks.len()).map_err(|_| MapError::TooMany)?;
+    if ready.len() == count {
+        Ok(())
+    } else {
+        Err(MapError::ReadyLength { chunks: count, ready: ready.len() })
+    }
+}
+
+/// Checks that `new` holds every chunk of `old`, and puts those ready in the old list into `ready` of the new one.
+pub(crate) fn carry_over(
+    old: &[Chunk],
+    old_ready: &ReadySet,
+    new: &[Chunk],
+    ready: &mut ReadySet,
+) -> Result<(), MapError> {
+    let mut fresh = (0u32..).zip(new);
+    for (at, chunk) in (0u32..).zip(old) {
+        let found = fresh.by_ref().find(|(_, other)| other.start >= chunk.start);
+        let Some((to, _)) = found.filter(|(_, other)| *other == chunk) else {
+            return Err(MapError::Lost { start: chunk.start });
+        };
+        if old_ready.contains(at) {
+            ready.insert(to..to + 1);
+        }
+    }
+    Ok(())
+}
+
+/// Chunks that follow `chunks` until the whole is `least` device bytes long, for a fetch that would be too small.
+pub(crate) fn top_up(map: &[Chunk], chunks: &Range<u32>, least: u64, most: u32) -> Range<u32> {
+    let Some(base) = map.get(index(chunks.start)).map(|chunk| chunk.start) else {
+        return chunks.end..chunks.end;
+    };
+    let mut end = chunks.end;
+    let mut reach = end.checked_sub(1).and_then(|last| map.get(index(last))).map_or(0, Chunk::padded_end);
+    while end < most && reach.saturating_sub(base) < least {
+        let Some(next) = map.get(index(end)) else { break };
+        if next.padded_end() - base > least {
+            break;
+        }
+        reach = next.padded_end();
+        end += 1;
+    }
+    chunks.end..end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+
+    fn chunk(start: u64) -> Chunk {
+        Chunk { start, len: 4096, stored_start: start, stored_len: 4096 }
+    }
+
+    #[test]
+    fn a_larger_list_keeps_the_chunks_of_the_old() {
+        let old = vec![chunk(0), chunk(8192)];
+        let new = vec![chunk(0), chunk(4096), chunk(8192), chunk(12288)];
+        let mut old_ready = ReadySet::new(2);
+        old_ready.insert(1..2);
+        let mut ready = ReadySet::new(4);
+        assert_eq!(carry_over(&old, &old_ready, &new, &mut ready), Ok(()));
+        assert!(ready.contains(2) && ready.count() == 1);
+        assert_eq!(
+            carry_over(&new, &ReadySet::new(4), &old, &mut ready),
+            Err(MapError::Lost { start: 4096 })
+        );
+        let moved = vec![chunk(0), Chunk { stored_start: 1, ..chunk(8192) }];
+        assert_eq!(
+            carry_over(&old, &old_ready, &moved, &mut ReadySet::new(2)),
+            Err(MapError::Lost { start: 8192 })
+        );
+    }
+
+    #[test]
+    fn small_fetches_are_topped_up_within_the_floor() {
+        let map: Vec<Chunk> = (0..64).map(|i| chunk(i * 4096)).collect();
+        assert_eq!(top_up(&map, &(4..5), 131_072, 64), 5..36);
+        assert_eq!(top_up(&map, &(60..61), 131_072, 64), 61..64);
+        assert_eq!(top_up(&map, &(0..40), 131_072, 64), 40..40);
+        assert_eq!(top_up(&map, &(4..5), 131_072, 7), 5..7);
+    }
+}
