@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use skimmer_fetcher::chunk::Verified;
 
+use crate::ring::Waker;
 use crate::ring::sys::Piece;
 
 /// Slabs begin at multiples of this and are this long or a multiple: what direct writes to a cache file need.
@@ -15,6 +16,8 @@ const BLOCK: usize = 4096;
 struct Free {
     pieces: BTreeMap<usize, Piece>,
     bytes: usize,
+    /// Somebody asked for more than there was: tell when something comes back.
+    short: bool,
 }
 
 impl Free {
@@ -55,6 +58,7 @@ fn join(first: Piece, second: Piece) -> Piece {
 struct Pool {
     capacity: usize,
     free: Mutex<Free>,
+    waker: OnceLock<Waker>,
 }
 
 impl Pool {
@@ -74,20 +78,26 @@ impl Arena {
     /// Maps `capacity` bytes, a multiple of 4096, and shows the whole of it to `register` before any of it is given
     /// out.
     pub(crate) fn new<T>(capacity: usize, register: impl FnOnce(&Piece) -> T) -> io::Result<(Self, T)> {
-        if capacity == 0 || capacity % BLOCK != 0 {
+        if capacity == 0 || !capacity.is_multiple_of(BLOCK) {
             let what = format!("buffer memory of {capacity} bytes is not a multiple of 4096");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
         let whole = Piece::map(capacity)?;
         let registered = register(&whole);
-        let mut free = Free { pieces: BTreeMap::new(), bytes: 0 };
+        let mut free = Free { pieces: BTreeMap::new(), bytes: 0, short: false };
         free.put(whole);
-        Ok((Self { pool: Arc::new(Pool { capacity, free: Mutex::new(free) }) }, registered))
+        let pool = Pool { capacity, free: Mutex::new(free), waker: OnceLock::new() };
+        Ok((Self { pool: Arc::new(pool) }, registered))
     }
 
     /// An arena that no ring knows.
     pub fn unregistered(capacity: usize) -> io::Result<Self> {
         Self::new(capacity, |_| ()).map(|(arena, ())| arena)
+    }
+
+    /// Has `waker` woken when memory comes back after an [`Arena::alloc`] that failed. The first one given counts.
+    pub(crate) fn wake_on_return(&self, waker: Waker) {
+        let _ = self.pool.waker.set(waker);
     }
 
     /// Bytes in all.
@@ -104,7 +114,11 @@ impl Arena {
     /// what the last user left.
     pub fn alloc(&self, len: usize) -> Option<Slab> {
         let len = len.checked_next_multiple_of(BLOCK).filter(|len| *len > 0)?;
-        let piece = self.pool.free().take(len)?;
+        let mut free = self.pool.free();
+        let piece = free.take(len);
+        free.short |= piece.is_none();
+        drop(free);
+        let piece = piece?;
         Some(Slab { piece: Some(piece), pool: Arc::clone(&self.pool) })
     }
 }
@@ -133,7 +147,7 @@ impl Slab {
 
     /// The first `at` bytes, and the rest. `at` is a multiple of 4096 inside the slab; else the slab comes back.
     pub fn split_at(mut self, at: usize) -> Result<(Self, Self), Self> {
-        if at == 0 || at >= self.len() || at % BLOCK != 0 {
+        if at == 0 || at >= self.len() || !at.is_multiple_of(BLOCK) {
             return Err(self);
         }
         let piece = self.piece.take().expect("a slab holds its piece until it is dropped");
@@ -176,8 +190,13 @@ impl AsMut<[u8]> for Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
-        if let Some(piece) = self.piece.take() {
-            self.pool.free().put(piece);
+        let Some(piece) = self.piece.take() else { return };
+        let mut free = self.pool.free();
+        free.put(piece);
+        let short = std::mem::take(&mut free.short);
+        drop(free);
+        if short && let Some(waker) = self.pool.waker.get() {
+            waker.wake();
         }
     }
 }

@@ -167,7 +167,7 @@ impl BlobSpec {
         stored_bytes: u64,
         mut chunks: Vec<BlobChunk>,
     ) -> Result<Self, SpecError> {
-        if device_bytes % BLOCK != 0 {
+        if !device_bytes.is_multiple_of(BLOCK) {
             return Err(SpecError::Blob { blob: id, what: "device size is not a multiple of 4096" });
         }
         chunks.sort_by_key(|chunk| chunk.start);
@@ -177,7 +177,7 @@ impl BlobSpec {
             if chunk.index > MAX_CHUNK_INDEX {
                 return fail("its number is past the limit of 67108863");
             }
-            if chunk.start % BLOCK != 0 {
+            if !chunk.start.is_multiple_of(BLOCK) {
                 return fail("its device offset is not a multiple of 4096");
             }
             if chunk.spec.len == 0 || chunk.spec.len > MAX_CHUNK_LEN {

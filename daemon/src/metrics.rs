@@ -184,10 +184,10 @@ impl Metrics {
         for mode in [Mode::Fanotify, Mode::Fscache] {
             let ModeLabel { mode } = mode.into();
             for kind in [RequestKind::read, RequestKind::open, RequestKind::close, RequestKind::bad] {
-                metrics.kernel_requests.get_or_create(&RequestLabels { mode, kind });
+                drop(metrics.kernel_requests.get_or_create(&RequestLabels { mode, kind }));
             }
             for result in [ReadResult::hit, ReadResult::miss, ReadResult::failed] {
-                metrics.reads.get_or_create(&ReadLabels { mode, result });
+                drop(metrics.reads.get_or_create(&ReadLabels { mode, result }));
             }
         }
         let r = registry.sub_registry_with_prefix("skimmer");
@@ -205,12 +205,7 @@ impl Metrics {
         );
         r.register("fetches", "Attempts at fetches, by result", metrics.fetches.clone());
         r.register("fetch_retries", "Attempts at fetches after the first", metrics.retries.clone());
-        r.register_with_unit(
-            "asked",
-            "Bytes the kernel asked for",
-            Unit::Bytes,
-            metrics.asked_bytes.clone(),
-        );
+        r.register_with_unit("asked", "Bytes the kernel asked for", Unit::Bytes, metrics.asked_bytes.clone());
         r.register_with_unit(
             "fetched",
             "Stored bytes asked of sources",

@@ -23,7 +23,9 @@ pub enum DriverError {
     #[error(transparent)]
     Spec(#[from] SpecError),
     /// One chunk is larger than all buffer memory.
-    #[error("blob {blob}: a chunk of {bytes} bytes does not fit the buffer memory of {budget} bytes; raise the memory budget")]
+    #[error(
+        "blob {blob}: a chunk of {bytes} bytes does not fit the buffer memory of {budget} bytes; raise the memory budget"
+    )]
     ChunkTooLarge {
         /// The blob.
         blob: BlobId,

@@ -1,21 +1,85 @@
 //! The one thread that owns engine, ring and frontends: it turns what the kernel, the fetch tasks and the daemon say
 //! into engine inputs, and does what the engine puts out.
 
+mod commands;
 mod config;
 mod error;
+mod flights;
 mod handle;
+mod kernel;
+mod objects;
 
+use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use skimmer_engine::{Engine, FlightId, Input, Output, ReadId, Time, WriteId};
+use tokio::sync::mpsc;
 
 pub use config::{BlobStatus, DriverConfig, FileStatus, ReadySink, Status};
 pub use error::DriverError;
 pub use handle::Handle;
 
-use crate::frontend::Frontends;
-use crate::metrics::Metrics;
+use self::commands::Waiting;
+use self::flights::{Flight, Planned, UnderWay};
+use self::handle::Command;
+use self::kernel::{Parked, Read};
+use self::objects::{Blob, Objects};
+use crate::arena::Arena;
+use crate::blob::BlobId;
+use crate::fetch::{Fetched, Fetches};
+use crate::frontend::fanotify::Fanotify;
+use crate::frontend::fscache::{CookieKey, Fscache};
+use crate::frontend::{CookieRole, Frontends};
+use crate::metrics::{Metrics, Stage};
+use crate::ring::{Event, Ring};
+
+/// Poll token of the keeper's socket.
+const KEEPER: u64 = 1;
+/// Poll token of the cachefiles device.
+const DEVICE: u64 = 2;
+
+/// Smallest and largest buffer memory: io_uring registers no buffer above 1 GiB.
+const BUDGET: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 30;
+
+/// Requests of the daemon that may wait for the driver.
+const COMMANDS: usize = 256;
 
 /// The data path. All of its state lives on the thread that [`Driver::start`] makes.
-pub struct Driver {}
+pub struct Driver {
+    config: DriverConfig,
+    engine: Engine,
+    ring: Ring,
+    arena: Arena,
+    fetches: Fetches,
+    fetched: mpsc::Receiver<Fetched>,
+    commands: mpsc::Receiver<Command>,
+    fanotify: Option<Fanotify>,
+    fscache: Option<Fscache>,
+    runtime: tokio::runtime::Handle,
+    sink: Box<dyn ReadySink>,
+    metrics: Metrics,
+
+    blobs: HashMap<BlobId, Blob>,
+    objects: Objects,
+    cookies: HashMap<CookieKey, CookieRole>,
+    reads: HashMap<ReadId, Read>,
+    flights: HashMap<FlightId, Flight>,
+    /// Flights that wait for buffer memory, in the engine's order.
+    planned: VecDeque<Planned>,
+    writes: HashMap<WriteId, UnderWay>,
+    /// fanotify events whose blob is not known (again) yet.
+    parked: VecDeque<Parked>,
+    waiting: Waiting,
+
+    epoch: Instant,
+    /// Counts the turns of the loop: a read completed in the turn it came in was a hit.
+    turn: u64,
+    next_read: u64,
+    /// Set by a shutdown: nothing new is begun.
+    stopping: bool,
+}
 
 impl Driver {
     /// Starts the driver thread and returns when it serves. Fetches run on `runtime`. Join the thread after
@@ -27,7 +91,206 @@ impl Driver {
         metrics: Metrics,
         runtime: tokio::runtime::Handle,
     ) -> Result<(Handle, JoinHandle<Result<(), DriverError>>), DriverError> {
-        let _ = (config, frontends, sink, metrics, runtime);
-        Err(DriverError::Stopped)
+        let (commands, receiver) = mpsc::channel(COMMANDS);
+        let (started, outcome) = std::sync::mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new().name("skimmer-driver".to_owned());
+        let thread = thread.spawn(move || {
+            // The ring belongs to the thread that makes it, so the driver is made here.
+            match Self::new(config, frontends, sink, metrics, runtime, receiver) {
+                Ok(driver) => {
+                    let _ = started.send(Ok(driver.ring.waker()));
+                    driver.run()
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                    Ok(())
+                }
+            }
+        });
+        let thread = thread.map_err(|error| DriverError::system("starting the driver thread", error))?;
+        match outcome.recv() {
+            Ok(Ok(waker)) => Ok((Handle { commands, waker }, thread)),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(DriverError::Stopped),
+        }
+    }
+
+    fn new(
+        config: DriverConfig,
+        frontends: Frontends,
+        sink: Box<dyn ReadySink>,
+        metrics: Metrics,
+        runtime: tokio::runtime::Handle,
+        commands: mpsc::Receiver<Command>,
+    ) -> Result<Self, DriverError> {
+        let budget = config.budget_bytes;
+        if !BUDGET.contains(&budget) || !budget.is_multiple_of(crate::blob::BLOCK) {
+            let what = "a memory budget is a multiple of 4096 from 1 MiB to 1 GiB";
+            return Err(DriverError::Config(format!("{what}, not {budget} bytes")));
+        }
+        let bytes = usize::try_from(budget)
+            .map_err(|_| DriverError::Config("the memory budget passes the address space".to_owned()))?;
+        let ring = Ring::new(config.ring_entries, bytes);
+        let (mut ring, arena) =
+            ring.map_err(|error| DriverError::system("setting up io_uring and its buffer memory", error))?;
+        let mut engine_config = config.engine.clone();
+        engine_config.budget_bytes = budget;
+        // Two of the largest flights fit side by side, however the memory is cut up.
+        engine_config.max_flight = engine_config.max_flight.min(budget / 4).max(crate::blob::BLOCK);
+        let fanotify = match frontends.keeper {
+            None => None,
+            Some((keeper, welcome)) => {
+                let fanotify = Fanotify::new(keeper, welcome, &mut ring)
+                    .map_err(|error| DriverError::system("duplicating the keeper's socket", error))?;
+                let poll = ring.poll(fanotify.socket().clone(), fanotify.wants_write(), KEEPER);
+                poll.map_err(|error| DriverError::system("polling the keeper's socket", error))?;
+                Some(fanotify)
+            }
+        };
+        // A place for every block of buffer memory that a verified chunk may hold, and for the ends of flights.
+        let places = bytes / 4096 + 1024;
+        let (queue, fetched) = mpsc::channel(places);
+        let fetches = Fetches::new(runtime.clone(), queue, ring.waker(), metrics.clone());
+        Ok(Self {
+            engine: Engine::new(engine_config),
+            config,
+            ring,
+            arena,
+            fetches,
+            fetched,
+            commands,
+            fanotify,
+            fscache: None,
+            runtime,
+            sink,
+            metrics,
+            blobs: HashMap::new(),
+            objects: Objects::default(),
+            cookies: HashMap::new(),
+            reads: HashMap::new(),
+            flights: HashMap::new(),
+            planned: VecDeque::new(),
+            writes: HashMap::new(),
+            parked: VecDeque::new(),
+            waiting: Waiting::default(),
+            epoch: Instant::now(),
+            turn: 0,
+            next_read: 0,
+            stopping: false,
+        })
+    }
+
+    fn run(mut self) -> Result<(), DriverError> {
+        let result = self.serve();
+        if let Err(error) = &result {
+            tracing::error!(%error, "the data path stops");
+            self.sink.fault(None, &format!("the data path stops: {error}"));
+        }
+        self.stop();
+        result
+    }
+
+    /// Until a shutdown is asked for and no write is under way any more.
+    fn serve(&mut self) -> Result<(), DriverError> {
+        loop {
+            self.turn += 1;
+            self.take_commands();
+            self.take_fetched();
+            self.serve_parked();
+            self.input(Input::Tick);
+            self.do_outputs();
+            self.start_planned();
+            self.settle();
+            if self.stopping && self.ring.writes() == 0 {
+                return Ok(());
+            }
+            self.ring
+                .wait(self.timeout())
+                .map_err(|error| DriverError::system("waiting on io_uring", error))?;
+            while let Some(event) = self.ring.next_event() {
+                match event {
+                    Event::Woken => {}
+                    Event::Ready { token: KEEPER } => self.hear_keeper(),
+                    Event::Ready { token: DEVICE } => self.hear_device(),
+                    Event::Ready { token } => tracing::error!(token, "readiness of nothing that is polled"),
+                    Event::Written { tag, len, result } => self.written(WriteId(tag), len, result),
+                }
+            }
+        }
+    }
+
+    /// Gives back everything the kernel holds of ours; requests that wait stay with the keeper and in the kernel.
+    fn stop(mut self) {
+        self.fetches.cancel_all();
+        self.leave_reads();
+        let Self { ring, fanotify, fscache, .. } = self;
+        if let Err(error) = ring.close(|_, _| {}) {
+            tracing::error!(%error, "io_uring did not end cleanly");
+        }
+        drop((fanotify, fscache));
+    }
+
+    fn now(&self) -> Time {
+        Time(u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    fn input(&mut self, input: Input) {
+        let now = self.now();
+        self.engine.handle(now, input);
+    }
+
+    fn do_outputs(&mut self) {
+        let start = Instant::now();
+        let mut any = false;
+        while let Some(output) = self.engine.poll_output() {
+            any = true;
+            match output {
+                Output::Fetch { flight, object, chunks, attempt, demand: _ } => {
+                    self.plan(flight, object, chunks, attempt);
+                }
+                Output::CancelFlight { flight } => self.cancel(flight),
+                Output::Write { write, flight, object, chunks } => self.write(write, flight, object, chunks),
+                Output::Complete { read, result } => self.complete(read, result),
+                Output::Release { flight } => self.release(flight),
+                Output::Ready { object, chunks } => self.ready(object, chunks),
+                Output::ObjectReady { object } => self.object_ready(object),
+                Output::MapChanged { object } => self.map_changed(object),
+                Output::ObjectRefused { object, reason } => self.object_refused(object, &reason),
+            }
+        }
+        if any {
+            self.metrics.stage(Stage::plan, start.elapsed());
+        }
+        let used = i64::try_from(self.arena.in_use()).unwrap_or(i64::MAX);
+        self.metrics.in_flight_bytes.set(used);
+        self.metrics.pending_reads.set(i64::try_from(self.reads.len()).unwrap_or(i64::MAX));
+    }
+
+    /// How long nothing will happen by itself.
+    fn timeout(&self) -> Option<Duration> {
+        let engine = self.engine.next_timeout().map(|due| due.since(self.now()));
+        let parked = self.parked.front().map(|parked| {
+            let left = self.config.park_limit.saturating_sub(parked.since.elapsed());
+            // One more millisecond, so that it is over when the wait is.
+            left.saturating_add(Duration::from_millis(1))
+        });
+        engine.into_iter().chain(parked).min()
+    }
+
+    fn fault(&self, blob: Option<BlobId>, message: &str) {
+        match blob {
+            Some(blob) => tracing::warn!(%blob, "{message}"),
+            None => tracing::warn!("{message}"),
+        }
+        self.sink.fault(blob, message);
+    }
+}
+
+/// What a write error means for those who wait.
+fn write_failure(error: &io::Error) -> skimmer_engine::WriteFailure {
+    match error.raw_os_error() {
+        // Cachefiles says ENOBUFS when its limit of free space is reached.
+        Some(libc::ENOSPC | libc::EDQUOT | libc::ENOBUFS) => skimmer_engine::WriteFailure::NoSpace,
+        _ => skimmer_engine::WriteFailure::Io,
     }
 }

@@ -1,12 +1,12 @@
 //! The kernel's ways to ask for data. Nothing outside this folder knows a kernel interface.
 
-pub mod fanotify;
-pub mod fscache;
+pub(crate) mod fanotify;
+pub(crate) mod fscache;
 
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use skimmer_cachefiles::Device;
 use skimmer_keeper::client::{Keeper, Welcome};
 
 use crate::blob::BlobId;
@@ -58,7 +58,8 @@ pub struct FscacheSetup {
     /// The cache's name (`tag`).
     pub tag: String,
     /// The device: `None` asks the keeper for it, which keeps its own descriptor of it; `Some` is used as it is.
-    pub device: Option<OwnedFd>,
+    /// Either way it is bound, or restored when it was bound already.
+    pub device: Option<Device>,
 }
 
 /// What connects a driver to the kernel.

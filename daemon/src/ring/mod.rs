@@ -5,7 +5,7 @@ pub(crate) mod sys;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -66,8 +66,8 @@ pub struct WriteFile(Arc<RingFile>);
 
 impl WriteFile {
     /// The descriptor.
-    pub fn fd(&self) -> &Arc<OwnedFd> {
-        &self.0.fd
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd.as_fd()
     }
 }
 
@@ -117,6 +117,7 @@ impl Ring {
             }
         };
         let waker = Waker::new()?;
+        arena.wake_on_return(waker.clone());
         let mut ring = Self { uring, waker, slots, queued: VecDeque::new(), closing: false };
         ring.arm_waker()?;
         Ok((ring, arena))
@@ -134,20 +135,20 @@ impl Ring {
 
     fn arm_waker(&mut self) -> io::Result<()> {
         let fd = Arc::clone(&self.waker.0.eventfd);
-        self.poll(fd, WAKE)
+        self.poll(fd, false, WAKE)
     }
 
-    /// Reports once when `fd` can be read or is in error.
-    pub fn poll(&mut self, fd: Arc<OwnedFd>, token: u64) -> io::Result<()> {
-        let events = u32::from(PollFlags::IN.bits());
+    /// Reports once when `fd` can be read, or is in error, or (`write`) can be written.
+    pub fn poll(&mut self, fd: Arc<dyn AsFd + Send + Sync>, write: bool, token: u64) -> io::Result<()> {
+        let events = if write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        let events = u32::from(events.bits());
         self.uring.start(Op::Poll { fd, events, token }).map_err(|(_, error)| error)
     }
 
     /// Prepares a file for writes. `register` puts it into the ring's table when there is room, which keeps one more
     /// reference to it until shortly after the last [`WriteFile`] is dropped: never do so with a descriptor whose
     /// closing the kernel waits for.
-    pub fn file(&mut self, fd: OwnedFd, register: bool) -> WriteFile {
-        let fd = Arc::new(fd);
+    pub fn file(&mut self, fd: Arc<dyn AsFd + Send + Sync>, register: bool) -> WriteFile {
         self.sweep();
         if register && let Some(at) = self.slots.iter().position(Option::is_none) {
             let slot = u32::try_from(at).expect("at most FILE_SLOTS");
@@ -200,7 +201,7 @@ impl Ring {
     }
 
     /// The next event that is there already.
-    pub fn next(&mut self) -> Option<Event> {
+    pub fn next_event(&mut self) -> Option<Event> {
         if let Some(event) = self.queued.pop_front() {
             return Some(event);
         }
@@ -245,7 +246,7 @@ impl Ring {
         self.uring.cancel_polls();
         while self.uring.busy() || !self.queued.is_empty() {
             self.wait(None)?;
-            while let Some(event) = self.next() {
+            while let Some(event) = self.next_event() {
                 if let Event::Written { tag, result, .. } = event {
                     written(tag, result);
                 }

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,16 +119,23 @@ impl Piece {
     }
 }
 
+/// The owner of a descriptor.
+pub(crate) type Owner = Arc<dyn AsFd + Send + Sync>;
+
+fn raw(owner: &Owner) -> i32 {
+    owner.as_fd().as_raw_fd()
+}
+
 /// A file that the ring may work on; in the ring's table of registered files when it has a slot.
 pub(crate) struct RingFile {
-    pub(crate) fd: Arc<OwnedFd>,
+    pub(crate) fd: Owner,
     pub(crate) slot: Option<u32>,
 }
 
 /// What the ring holds for one submitted operation.
 pub(crate) enum Op {
     /// Waits once for readiness.
-    Poll { fd: Arc<OwnedFd>, events: u32, token: u64 },
+    Poll { fd: Owner, events: u32, token: u64 },
     /// Writes `run` from byte `done` on, to `offset + done` of the file.
     Write { run: Run, file: Arc<RingFile>, offset: u64, done: usize, tag: u64 },
     /// Takes back a poll.
@@ -189,8 +196,8 @@ impl Uring {
     }
 
     /// Puts `fd` into the table, or clears the slot.
-    pub(crate) fn set_file(&self, slot: u32, fd: Option<&OwnedFd>) -> io::Result<()> {
-        let fd = fd.map_or(-1, |fd| fd.as_raw_fd());
+    pub(crate) fn set_file(&self, slot: u32, fd: Option<&Owner>) -> io::Result<()> {
+        let fd = fd.map_or(-1, raw);
         self.ring.submitter().register_files_update(slot, &[fd]).map(|_| ())
     }
 
@@ -256,25 +263,24 @@ impl Uring {
 
     fn entry(&self, op: &Op) -> io::Result<squeue::Entry> {
         match op {
-            Op::Poll { fd, events, .. } => {
-                Ok(opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), *events).build())
-            }
+            Op::Poll { fd, events, .. } => Ok(opcode::PollAdd::new(types::Fd(raw(fd)), *events).build()),
             // Only `cancel_polls` starts these, with an entry of its own.
             Op::Cancel => Err(io::ErrorKind::InvalidInput.into()),
             Op::Write { run, file, offset, done, .. } => {
                 let (start, len) = run.span();
-                let rest = len.checked_sub(*done).filter(|rest| *rest > 0).ok_or(io::ErrorKind::InvalidInput)?;
+                let rest =
+                    len.checked_sub(*done).filter(|rest| *rest > 0).ok_or(io::ErrorKind::InvalidInput)?;
                 let len32 = u32::try_from(rest).map_err(|_| io::ErrorKind::InvalidInput)?;
                 let buffer = start.wrapping_add(*done);
                 let step = u64::try_from(*done).map_err(|_| io::ErrorKind::InvalidInput)?;
                 let position = offset.checked_add(step).ok_or(io::ErrorKind::InvalidInput)?;
                 let fixed = self.registered.start <= start.addr()
                     && start.addr().checked_add(len).is_some_and(|end| end <= self.registered.end);
-                let fd = types::Fd(file.fd.as_raw_fd());
+                let fd = types::Fd(raw(&file.fd));
                 Ok(match (fixed, file.slot) {
-                    (true, Some(slot)) => opcode::WriteFixed::new(types::Fixed(slot), buffer, len32, 0)
-                        .offset(position)
-                        .build(),
+                    (true, Some(slot)) => {
+                        opcode::WriteFixed::new(types::Fixed(slot), buffer, len32, 0).offset(position).build()
+                    }
                     (true, None) => opcode::WriteFixed::new(fd, buffer, len32, 0).offset(position).build(),
                     (false, Some(slot)) => {
                         opcode::Write::new(types::Fixed(slot), buffer, len32).offset(position).build()
@@ -313,7 +319,10 @@ impl Uring {
             let generation = u32::try_from(entry.user_data() >> 32).expect("shifted");
             let known = usize::try_from(place).ok().and_then(|at| self.places.get(at));
             if known.is_none_or(|known| known.generation != generation) {
-                tracing::error!(user_data = entry.user_data(), "io_uring completed an operation nobody started");
+                tracing::error!(
+                    user_data = entry.user_data(),
+                    "io_uring completed an operation nobody started"
+                );
                 continue;
             }
             if let Some(op) = self.take(place) {

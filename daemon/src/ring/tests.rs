@@ -23,7 +23,7 @@ fn run(arena: &Arena, blocks: usize, fill: u8) -> Run {
 
 fn next_written(ring: &mut Ring) -> (u64, usize, io::Result<()>) {
     loop {
-        match ring.next() {
+        match ring.next_event() {
             Some(Event::Written { tag, len, result }) => return (tag, len, result),
             Some(_) => {}
             None => ring.wait(None).unwrap(),
@@ -37,7 +37,7 @@ fn writes_joined_chunks_with_one_operation() {
     assert!(ring.has_registered_buffer());
     for register in [false, true] {
         let file = tempfile::tempfile().unwrap();
-        let target = ring.file(file.try_clone().unwrap().into(), register);
+        let target = ring.file(Arc::new(file.try_clone().unwrap()), register);
         let (a, b) = arena.alloc(3 * BLOCK).unwrap().split_at(BLOCK).ok().unwrap();
         let mut run = Run::new(checked(a, 1));
         run.push(checked(b, 2)).unwrap();
@@ -56,7 +56,7 @@ fn writes_joined_chunks_with_one_operation() {
 fn more_writes_than_the_queue_holds() {
     let (mut ring, arena) = Ring::new(4, MANY).unwrap();
     let file = tempfile::tempfile().unwrap();
-    let target = ring.file(file.try_clone().unwrap().into(), true);
+    let target = ring.file(Arc::new(file.try_clone().unwrap()), true);
     for block in 0..64u8 {
         ring.write(run(&arena, 1, block), &target, u64::from(block) * 4096, u64::from(block));
     }
@@ -79,10 +79,10 @@ fn more_writes_than_the_queue_holds() {
 fn errors_come_back_with_their_number() {
     let (mut ring, arena) = Ring::new(4, MANY).unwrap();
     let full = File::options().write(true).open("/dev/full").unwrap();
-    let target = ring.file(full.into(), false);
+    let target = ring.file(Arc::new(full), false);
     ring.write(run(&arena, 1, 0), &target, 0, 1);
     assert_eq!(next_written(&mut ring).2.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
-    let readonly = ring.file(File::open("/dev/null").unwrap().into(), true);
+    let readonly = ring.file(Arc::new(File::open("/dev/null").unwrap()), true);
     ring.write(run(&arena, 1, 0), &readonly, 0, 2);
     assert_eq!(next_written(&mut ring).2.unwrap_err().raw_os_error(), Some(libc::EBADF));
     assert_eq!(arena.in_use(), 0);
@@ -112,7 +112,7 @@ fn a_short_write_of_the_kernel_is_taken_up_again() {
         io::Read::read_to_end(&mut File::from(reader), &mut all).unwrap();
         all
     });
-    let target = ring.file(writer, false);
+    let target = ring.file(Arc::new(writer), false);
     ring.write(run(&arena, 8, 5), &target, 0, 1);
     next_written(&mut ring).2.unwrap();
     drop(target);
@@ -123,23 +123,23 @@ fn a_short_write_of_the_kernel_is_taken_up_again() {
 fn polls_report_once_and_wakes_are_not_lost() {
     let (mut ring, _arena) = Ring::new(4, BLOCK).unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();
-    ring.poll(Arc::new(reader), 5).unwrap();
+    ring.poll(Arc::new(reader), false, 5).unwrap();
     ring.wait(Some(Duration::ZERO)).unwrap();
-    assert!(ring.next().is_none());
+    assert!(ring.next_event().is_none());
     rustix::io::write(&writer, b"x").unwrap();
     ring.wait(None).unwrap();
-    assert!(matches!(ring.next(), Some(Event::Ready { token: 5 })));
+    assert!(matches!(ring.next_event(), Some(Event::Ready { token: 5 })));
     ring.wait(Some(Duration::from_millis(1))).unwrap();
-    assert!(ring.next().is_none());
+    assert!(ring.next_event().is_none());
     for _ in 0..100 {
         let waker = ring.waker();
         let waking = std::thread::spawn(move || (0..50).for_each(|_| waker.wake()));
         ring.wait(None).unwrap();
-        assert!(matches!(ring.next(), Some(Event::Woken)));
+        assert!(matches!(ring.next_event(), Some(Event::Woken)));
         waking.join().unwrap();
-        while ring.next().is_some() {}
+        while ring.next_event().is_some() {}
         ring.wait(Some(Duration::ZERO)).unwrap();
-        while ring.next().is_some() {}
+        while ring.next_event().is_some() {}
     }
 }
 
@@ -147,7 +147,7 @@ fn polls_report_once_and_wakes_are_not_lost() {
 fn registered_files_leave_the_table_with_their_last_user() {
     let (mut ring, arena) = Ring::new(4, MANY).unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();
-    let target = ring.file(writer, true);
+    let target = ring.file(Arc::new(writer), true);
     ring.write(run(&arena, 1, 1), &target, 0, 1);
     drop(target);
     next_written(&mut ring).2.unwrap();
@@ -171,8 +171,8 @@ fn closing_and_dropping_wait_for_writes() {
         let (mut ring, arena) = Ring::new(4, MANY).unwrap();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         rustix::pipe::fcntl_setpipe_size(&writer, BLOCK).unwrap();
-        ring.poll(Arc::new(reader.try_clone().unwrap()), 1).unwrap();
-        let target = ring.file(writer, false);
+        ring.poll(Arc::new(reader.try_clone().unwrap()), false, 1).unwrap();
+        let target = ring.file(Arc::new(writer), false);
         ring.write(run(&arena, 2, 1), &target, 0, 9);
         ring.wait(Some(Duration::ZERO)).unwrap();
         drop(target);

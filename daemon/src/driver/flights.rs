@@ -1,0 +1,256 @@
+//! Flights: from the engine's plan over buffer memory and fetch task to the write.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::time::Instant;
+
+use skimmer_engine::{Failure, FailureClass, FlightId, Input, MapError, ObjectId, WriteId};
+use skimmer_fetcher::chunk::Verified;
+
+use super::objects::FileKey;
+use super::{Driver, write_failure};
+use crate::arena::{Run, Slab};
+use crate::fetch::{self, Fetched, Order};
+use crate::metrics::Stage;
+
+/// A flight that has its buffers.
+pub(super) struct Flight {
+    object: ObjectId,
+    /// Verified chunks that are not being written yet, by the engine's number.
+    verified: BTreeMap<u32, Verified<Slab>>,
+}
+
+/// A flight that waits for buffer memory.
+pub(super) struct Planned {
+    flight: FlightId,
+    object: ObjectId,
+    chunks: Range<u32>,
+    attempt: u32,
+    since: Instant,
+}
+
+/// A write that has not completed.
+pub(super) struct UnderWay {
+    object: ObjectId,
+    since: Instant,
+}
+
+const CANCELLED: Failure = Failure { class: FailureClass::Transient, retry_after: None };
+const IMPOSSIBLE: Failure = Failure { class: FailureClass::Fatal, retry_after: None };
+
+impl Driver {
+    pub(super) fn plan(&mut self, flight: FlightId, object: ObjectId, chunks: Range<u32>, attempt: u32) {
+        self.flights.insert(flight, Flight { object, verified: BTreeMap::new() });
+        if let Some(object) = self.objects.get_mut(object) {
+            object.flights += 1;
+        }
+        if attempt > 1 {
+            self.metrics.retries.inc();
+        }
+        self.planned.push_back(Planned { flight, object, chunks, attempt, since: Instant::now() });
+    }
+
+    /// Starts planned flights, in order, for as long as there is memory for the first of them.
+    pub(super) fn start_planned(&mut self) {
+        while !self.stopping
+            && let Some(planned) = self.planned.pop_front()
+        {
+            let Planned { flight, object, chunks, attempt, since } = &planned;
+            let Some(state) = self.objects.get(*object) else {
+                self.ended(*flight, Err(CANCELLED));
+                continue;
+            };
+            let Some(blob) = self.blobs.get(&state.blob) else {
+                self.ended(*flight, Err(IMPOSSIBLE));
+                continue;
+            };
+            let list = state.chunks(chunks);
+            // The engine counts attempts from 1; each one goes to the next source.
+            let turn = usize::try_from(attempt.saturating_sub(1)).unwrap_or(0);
+            let source = blob.sources.get(turn % blob.sources.len().max(1)).cloned();
+            let (Some(source), false) = (source, list.is_empty()) else {
+                let what = if list.is_empty() { "the plan names no chunk" } else { "it has no source" };
+                self.fail_flight(*flight, *object, what.to_owned(), IMPOSSIBLE);
+                continue;
+            };
+            let Some(buffers) = fetch::buffers(&self.arena, chunks.start, list) else {
+                if self.arena.in_use() == 0 {
+                    let what = format!("chunks {chunks:?} are larger than all buffer memory");
+                    self.fail_flight(*flight, *object, what, IMPOSSIBLE);
+                    continue;
+                }
+                // The arena wakes us when something comes back.
+                self.planned.push_front(planned);
+                break;
+            };
+            self.metrics.stage(Stage::wait, since.elapsed());
+            let order = Order { flight: *flight, blob: blob.reference(), source, chunks: buffers };
+            self.fetches.start(order);
+        }
+    }
+
+    fn fail_flight(&mut self, flight: FlightId, object: ObjectId, what: String, failure: Failure) {
+        if let Some(object) = self.objects.get_mut(object) {
+            object.last_error = Some(what);
+        }
+        self.ended(flight, Err(failure));
+    }
+
+    fn ended(&mut self, flight: FlightId, result: Result<(), Failure>) {
+        self.input(Input::FlightEnded { flight, result });
+        self.do_outputs();
+    }
+
+    pub(super) fn cancel(&mut self, flight: FlightId) {
+        if let Some(at) = self.planned.iter().position(|planned| planned.flight == flight) {
+            self.planned.remove(at);
+            self.input(Input::FlightEnded { flight, result: Err(CANCELLED) });
+        } else {
+            self.fetches.cancel(flight);
+        }
+    }
+
+    pub(super) fn take_fetched(&mut self) {
+        while let Ok(fetched) = self.fetched.try_recv() {
+            match fetched {
+                Fetched::Chunk { flight, position, buffer } => {
+                    // Without an entry the flight is over for the engine: the bytes are not wanted any more.
+                    if let Some(known) = self.flights.get_mut(&flight) {
+                        known.verified.insert(position, buffer);
+                        self.input(Input::ChunkVerified { flight, chunk: position });
+                    }
+                }
+                Fetched::Ended { flight, outcome } => {
+                    self.fetches.ended(flight);
+                    let object = self.flights.get(&flight).map(|flight| flight.object);
+                    if let (Some(object), Some((ttfb, bandwidth))) = (object, outcome.measured) {
+                        self.input(Input::SourceMeasured { object, ttfb, bandwidth });
+                    }
+                    if let (Some(object), Some(message)) = (object, outcome.message) {
+                        tracing::warn!(flight = flight.0, "{message}");
+                        if let Some(object) = self.objects.get_mut(object) {
+                            object.last_error = Some(message);
+                        }
+                    }
+                    self.input(Input::FlightEnded { flight, result: outcome.result });
+                }
+            }
+        }
+    }
+
+    /// Writes verified chunks that lie side by side with one operation.
+    pub(super) fn write(&mut self, write: WriteId, flight: FlightId, object: ObjectId, chunks: Range<u32>) {
+        self.writes.insert(write, UnderWay { object, since: Instant::now() });
+        match self.run_of(flight, object, &chunks) {
+            Ok((run, offset, file)) => {
+                if let Some(object) = self.objects.get_mut(object) {
+                    object.writes += 1;
+                }
+                self.ring.write(run, &file, offset, write.0);
+            }
+            Err(error) => {
+                self.writes.remove(&write);
+                if let Some(object) = self.objects.get_mut(object) {
+                    object.last_error = Some(error.to_string());
+                }
+                self.input(Input::WriteDone { write, result: Err(write_failure(&error)) });
+            }
+        }
+    }
+
+    fn run_of(
+        &mut self,
+        flight: FlightId,
+        object: ObjectId,
+        chunks: &Range<u32>,
+    ) -> io::Result<(Run, u64, crate::ring::WriteFile)> {
+        let gone = |what: &str| io::Error::other(format!("{what} is gone"));
+        let state = self.objects.get(object).ok_or_else(|| gone("the file"))?;
+        let offset = state.chunks(chunks).first().ok_or_else(|| gone("the chunk list"))?.start;
+        let file = match &state.key {
+            FileKey::Fanotify(blob) => self.fanotify.as_ref().and_then(|f| f.writer(*blob)),
+            FileKey::Fscache(key) => self.fscache.as_ref().and_then(|f| f.writer(key)),
+        };
+        let file = file.ok_or_else(|| gone("the writing descriptor"))?.clone();
+        let flight = self.flights.get_mut(&flight).ok_or_else(|| gone("the flight"))?;
+        let mut take = |n| flight.verified.remove(&n).ok_or_else(|| gone("a verified chunk"));
+        let mut run = Run::new(take(chunks.start)?);
+        for n in chunks.start + 1..chunks.end {
+            run.push(take(n)?)
+                .map_err(|_| io::Error::other("chunks of one write do not lie side by side"))?;
+        }
+        Ok((run, offset, file))
+    }
+
+    pub(super) fn written(&mut self, write: WriteId, len: usize, result: io::Result<()>) {
+        let Some(UnderWay { object, since }) = self.writes.remove(&write) else {
+            tracing::error!(write = write.0, "a write ended that was not begun");
+            return;
+        };
+        self.metrics.stage(Stage::write, since.elapsed());
+        if let Some(object) = self.objects.get_mut(object) {
+            object.writes -= 1;
+            let mode = object.key.mode().into();
+            self.metrics.writes.get_or_create(&mode).inc();
+            match &result {
+                Ok(()) => {
+                    let len = u64::try_from(len).unwrap_or(u64::MAX);
+                    self.metrics.written_bytes.get_or_create(&mode).inc_by(len);
+                }
+                Err(error) => {
+                    self.metrics.write_errors.get_or_create(&mode).inc();
+                    let message =
+                        format!("writing to the {} file of blob {}: {error}", object.key.mode(), object.blob);
+                    tracing::warn!("{message}");
+                    object.last_error = Some(message);
+                }
+            }
+        }
+        let result = result.map_err(|error| write_failure(&error));
+        self.input(Input::WriteDone { write, result });
+    }
+
+    pub(super) fn release(&mut self, flight: FlightId) {
+        if let Some(flight) = self.flights.remove(&flight)
+            && let Some(object) = self.objects.get_mut(flight.object)
+        {
+            object.flights -= 1;
+        }
+    }
+
+    pub(super) fn ready(&mut self, object: ObjectId, chunks: Range<u32>) {
+        let Some(object) = self.objects.get_mut(object) else { return };
+        let indexes: Vec<u32> = object.chunks(&chunks).iter().map(|chunk| chunk.index).collect();
+        for index in &indexes {
+            object.ready.insert(*index);
+        }
+        if let (FileKey::Fanotify(_), Some(blob)) = (&object.key, self.blobs.get_mut(&object.blob)) {
+            for index in &indexes {
+                blob.ready.insert(*index);
+            }
+        }
+        self.sink.ready(object.key.mode(), object.blob, &indexes);
+    }
+
+    pub(super) fn object_ready(&mut self, object: ObjectId) {
+        if let Some(object) = self.objects.get(object) {
+            self.sink.complete(object.key.mode(), object.blob);
+        }
+    }
+
+    pub(super) fn map_changed(&mut self, id: ObjectId) {
+        let Some(object) = self.objects.get_mut(id) else { return };
+        if let Some(coming) = object.coming.take() {
+            object.spec = coming;
+        }
+        self.grow(id);
+    }
+
+    pub(super) fn object_refused(&mut self, id: ObjectId, reason: &MapError) {
+        let Some(object) = self.objects.get_mut(id) else { return };
+        object.coming = None;
+        let blob = object.blob;
+        self.fault(Some(blob), &format!("its chunk list was refused: {reason}"));
+    }
+}
