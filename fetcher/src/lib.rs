@@ -11,18 +11,17 @@
 
 pub mod archive;
 pub mod chunk;
-//COPY
-
+pub mod copy;
+pub mod credentials;
 pub mod digest;
-
-
+pub mod http;
+pub mod image;
 pub mod layout;
 mod local;
 pub mod oci;
 pub mod reference;
-
+pub mod registry;
 pub mod source;
-
 
 pub use digest::Digest;
 pub use reference::Reference;

@@ -1,0 +1,488 @@
+//! Opening a converted image: from its name to a verified bootstrap and a source of its blobs.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek as _, SeekFrom, Write as _};
+use std::sync::Arc;
+
+use crate::archive::{Archive, ArchiveError};
+use crate::digest::{Digest, Hasher};
+use crate::layout::{Layout, LayoutError};
+use crate::local::blocking;
+use crate::oci::{
+    self, BOOTSTRAP_PATH, Descriptor, Document, DocumentError, Flavour, ImageManifest, MAX_CONFIG, Platform,
+    RawManifest,
+};
+use crate::reference::Reference;
+use crate::registry::{Registry, RegistryOptions};
+use crate::source::{BlobRef, Source, SourceError};
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// How to reach registries.
+    pub registry: RegistryOptions,
+    /// Which image of an index is wanted.
+    pub platform: Platform,
+    /// Largest bootstrap that is read, and largest bootstrap layer, in bytes.
+    pub max_bootstrap: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { registry: RegistryOptions::default(), platform: Platform::host(), max_bootstrap: 1 << 30 }
+    }
+}
+
+/// A converted image, open for reading.
+#[derive(Clone)]
+pub struct Remote {
+    /// The name it was opened by.
+    pub reference: Reference,
+    /// Digest of the image's manifest.
+    pub manifest_digest: Digest,
+    /// The manifest.
+    pub manifest: ImageManifest,
+    /// The image config, JSON as stored.
+    pub config: Vec<u8>,
+    /// The bootstrap file, verified against the manifest. Its inside is for the format's reader to check.
+    pub bootstrap: Vec<u8>,
+    /// The data blobs of the manifest, in its order.
+    pub blobs: Vec<BlobRef>,
+    /// Where the blobs' bytes come from.
+    pub source: Arc<dyn Source>,
+}
+
+impl Remote {
+    /// The data blob of that id (64 hexadecimal digits), with the size that the manifest states.
+    pub fn blob(&self, id: &str) -> Option<BlobRef> {
+        let digest = Digest::from_hex(id).ok()?;
+        self.blobs.iter().find(|blob| blob.digest == digest).copied()
+    }
+}
+
+impl std::fmt::Debug for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Remote")
+            .field("reference", &self.reference)
+            .field("manifest_digest", &self.manifest_digest)
+            .field("bootstrap_bytes", &self.bootstrap.len())
+            .field("blobs", &self.blobs)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why an image cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The source failed.
+    #[error("image {image}: {error}")]
+    Source {
+        /// The image's name.
+        image: String,
+        /// What failed.
+        error: SourceError,
+    },
+    /// The layout failed.
+    #[error("image {image}: {error}")]
+    Layout {
+        /// The image's name.
+        image: String,
+        /// What failed.
+        error: LayoutError,
+    },
+    /// The archive failed.
+    #[error("image {image}: {error}")]
+    Archive {
+        /// The image's name.
+        image: String,
+        /// What failed.
+        error: ArchiveError,
+    },
+    /// A manifest or index cannot be used.
+    #[error("image {image}: {error}")]
+    Document {
+        /// The image's name.
+        image: String,
+        /// What is wrong with it.
+        error: DocumentError,
+    },
+    /// A plain directory was named where an image is wanted.
+    #[error("{0} is a plain directory, not an image; make one of it with: skimmer convert {0} IMAGE")]
+    Tree(String),
+    /// An image that was not converted.
+    #[error(
+        "image {image} (manifest {manifest}) is not converted: its last layer is not marked as a bootstrap; make a converted one with: skimmer convert {image} DESTINATION"
+    )]
+    NotConverted {
+        /// The image's name.
+        image: String,
+        /// Its manifest.
+        manifest: Digest,
+    },
+    /// A layer or the config breaks a rule.
+    #[error("image {image}: {part} {digest}: {problem}")]
+    Part {
+        /// The image's name.
+        image: String,
+        /// `bootstrap layer`, `config`, `data layer`.
+        part: &'static str,
+        /// Which one.
+        digest: Digest,
+        /// What is wrong, and at which byte where that is known.
+        problem: String,
+    },
+}
+
+/// Where images are read from, by what their name says.
+#[derive(Clone)]
+pub(crate) enum Place {
+    Registry(Registry),
+    Layout(Layout),
+    Archive { archive: Archive, documents: Layout },
+}
+
+impl Place {
+    /// Opens the place that a name speaks of.
+    pub(crate) async fn open(reference: &Reference, options: &RegistryOptions) -> Result<Self, ImageError> {
+        let image = reference.to_string();
+        match reference {
+            Reference::Tree(dir) => Err(ImageError::Tree(dir.display().to_string())),
+            Reference::Registry(name) => Registry::new(name, options)
+                .map(Place::Registry)
+                .map_err(|error| ImageError::Source { image, error }),
+            Reference::Layout { dir, .. } => {
+                let dir = dir.clone();
+                let opened = run(move || Layout::open(dir)).await;
+                opened.map(Place::Layout).map_err(|error| ImageError::Layout { image, error })
+            }
+            Reference::Archive { file, .. } => {
+                let file = file.clone();
+                let opened = run(move || {
+                    let archive = Archive::open(file)?;
+                    let documents = archive.documents()?;
+                    Ok(Place::Archive { archive, documents })
+                });
+                opened.await.map_err(|error| ImageError::Archive { image, error })
+            }
+        }
+    }
+
+    pub(crate) fn source(&self) -> Arc<dyn Source> {
+        match self {
+            Place::Registry(registry) => Arc::new(registry.clone()),
+            Place::Layout(layout) => Arc::new(layout.clone()),
+            Place::Archive { archive, .. } => Arc::new(archive.clone()),
+        }
+    }
+
+    /// The manifest or index that the name itself selects.
+    pub(crate) async fn top(&self, reference: &Reference) -> Result<RawManifest, ImageError> {
+        let image = reference.to_string();
+        match (self, reference) {
+            (Place::Registry(registry), Reference::Registry(name)) => registry
+                .manifest(&name.selector())
+                .await
+                .map_err(|error| ImageError::Source { image, error }),
+            (
+                Place::Layout(layout) | Place::Archive { documents: layout, .. },
+                Reference::Layout { tag, .. } | Reference::Archive { tag, .. },
+            ) => {
+                let (layout, tag) = (layout.clone(), tag.clone());
+                let read = run(move || layout.manifest(&layout.resolve(tag.as_deref())?)).await;
+                read.map_err(|error| ImageError::Layout { image, error })
+            }
+            // A place is opened from its own name.
+            (_, other) => Err(ImageError::Tree(other.to_string())),
+        }
+    }
+
+    /// The manifest that a descriptor of an index names.
+    pub(crate) async fn child(&self, image: &str, descriptor: &Descriptor) -> Result<RawManifest, ImageError> {
+        let document = |error: DocumentError| ImageError::Document { image: image.to_owned(), error };
+        let blob = oci::blob_ref(descriptor).map_err(|error| document(error.into()))?;
+        match self {
+            Place::Registry(registry) => registry
+                .manifest(&blob.digest.to_string())
+                .await
+                .map_err(|error| ImageError::Source { image: image.to_owned(), error }),
+            Place::Layout(layout) | Place::Archive { documents: layout, .. } => {
+                let (layout, descriptor) = (layout.clone(), descriptor.clone());
+                run(move || layout.manifest(&descriptor))
+                    .await
+                    .map_err(|error| ImageError::Layout { image: image.to_owned(), error })
+            }
+        }
+    }
+
+    /// The manifest for one platform, through an index if there is one.
+    pub(crate) async fn manifest(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+        flavour: Flavour,
+    ) -> Result<(RawManifest, ImageManifest), ImageError> {
+        let image = reference.to_string();
+        let document = |error: DocumentError| ImageError::Document { image: image.clone(), error };
+        let mut raw = self.top(reference).await?;
+        // An index may name an index; deeper nesting has no use.
+        for _ in 0..3 {
+            match raw.parse().map_err(document)? {
+                Document::Manifest(manifest) => return Ok((raw, manifest)),
+                Document::Index(index) => {
+                    let chosen = oci::choose(&index, platform, flavour).map_err(document)?;
+                    raw = self.child(&image, chosen).await?;
+                }
+            }
+        }
+        Err(ImageError::Part {
+            image,
+            part: "index",
+            digest: raw.digest,
+            problem: "indexes are nested too deep".to_owned(),
+        })
+    }
+}
+
+/// Runs file work off the async threads.
+async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => panic!("a file task ended early: {error}"),
+        },
+    }
+}
+
+/// Opens a converted image: resolves its manifest, reads its config and bootstrap, and checks each against
+/// its digest.
+pub async fn open(reference: &Reference, options: &OpenOptions) -> Result<Remote, ImageError> {
+    let place = Place::open(reference, &options.registry).await?;
+    let (raw, manifest) = place.manifest(reference, &options.platform, Flavour::PreferConverted).await?;
+    let source = place.source();
+    let image = Image { name: reference.to_string(), source: Arc::clone(&source) };
+    let layer = match manifest.layers().last() {
+        Some(layer) if oci::is_converted(&manifest) => layer,
+        _ => return Err(ImageError::NotConverted { image: image.name, manifest: raw.digest }),
+    };
+    let blobs = image.data_blobs(&manifest)?;
+    let config_ref = image.blob_ref(manifest.config())?;
+    let config = image.read_small("config", &config_ref, MAX_CONFIG).await?;
+    let diff_id = image.diff_id(&config_ref, &config, manifest.layers().len())?;
+    let bootstrap = image.bootstrap(layer, diff_id, options.max_bootstrap).await?;
+    Ok(Remote {
+        reference: reference.clone(),
+        manifest_digest: raw.digest,
+        manifest,
+        config,
+        bootstrap,
+        blobs,
+        source,
+    })
+}
+
+/// How a layer's tar stream is packed.
+#[derive(Clone, Copy)]
+enum Packing {
+    Plain,
+    Gzip,
+    Zstd,
+}
+
+struct Image {
+    name: String,
+    source: Arc<dyn Source>,
+}
+
+impl Image {
+    fn part(&self, part: &'static str, blob: &BlobRef, problem: impl Into<String>) -> ImageError {
+        ImageError::Part { image: self.name.clone(), part, digest: blob.digest, problem: problem.into() }
+    }
+
+    fn failed(&self, error: SourceError) -> ImageError {
+        ImageError::Source { image: self.name.clone(), error }
+    }
+
+    fn blob_ref(&self, descriptor: &Descriptor) -> Result<BlobRef, ImageError> {
+        oci::blob_ref(descriptor)
+            .map_err(|error| ImageError::Document { image: self.name.clone(), error: error.into() })
+    }
+
+    fn data_blobs(&self, manifest: &ImageManifest) -> Result<Vec<BlobRef>, ImageError> {
+        let mut blobs: Vec<BlobRef> = Vec::new();
+        for layer in manifest.layers() {
+            if oci::annotation(layer, oci::ANNOTATION_RAFS_BLOB) != Some("true") {
+                continue;
+            }
+            let blob = self.blob_ref(layer)?;
+            match blobs.iter().find(|known| known.digest == blob.digest) {
+                Some(known) if *known != blob => {
+                    return Err(self.part("data layer", &blob, "it is listed twice, with different sizes"));
+                }
+                Some(_) => {}
+                None => blobs.push(blob),
+            }
+        }
+        Ok(blobs)
+    }
+
+    /// Reads a small blob and checks its digest.
+    async fn read_small(&self, part: &'static str, blob: &BlobRef, cap: u64) -> Result<Vec<u8>, ImageError> {
+        if blob.size == 0 || blob.size > cap {
+            let problem = format!("{} bytes are none, or more than the {cap} that are read", blob.size);
+            return Err(self.part(part, blob, problem));
+        }
+        let body = self.source.read(blob, 0..blob.size).await.map_err(|error| self.failed(error))?;
+        let bytes = body.collect().await.map_err(|error| self.failed(error))?;
+        let got = Digest::of(&bytes);
+        if got != blob.digest {
+            return Err(self.part(part, blob, format!("its bytes are {got}")));
+        }
+        Ok(bytes)
+    }
+
+    /// The digest that the config gives for the unpacked bootstrap layer.
+    fn diff_id(&self, blob: &BlobRef, config: &[u8], layers: usize) -> Result<Digest, ImageError> {
+        #[derive(serde::Deserialize)]
+        struct Config {
+            rootfs: RootFs,
+        }
+        #[derive(serde::Deserialize)]
+        struct RootFs {
+            diff_ids: Vec<String>,
+        }
+        let config: Config = serde_json::from_slice(config)
+            .map_err(|error| self.part("config", blob, format!("it cannot be read: {error}")))?;
+        let ids = config.rootfs.diff_ids;
+        if ids.len() != layers {
+            let problem = format!("{} DiffIDs for {layers} layers", ids.len());
+            return Err(self.part("config", blob, problem));
+        }
+        let last = ids.last().map(String::as_str).unwrap_or_default();
+        last.parse().map_err(|error| self.part("config", blob, format!("last DiffID: {error}")))
+    }
+
+    /// Gets the bootstrap layer into an unnamed file, checks it, and extracts the bootstrap.
+    async fn bootstrap(&self, layer: &Descriptor, diff_id: Digest, cap: u64) -> Result<Vec<u8>, ImageError> {
+        const PART: &str = "bootstrap layer";
+        let blob = self.blob_ref(layer)?;
+        let packing = match layer.media_type().as_ref() {
+            "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => {
+                Packing::Plain
+            }
+            "application/vnd.oci.image.layer.v1.tar+gzip"
+            | "application/vnd.docker.image.rootfs.diff.tar.gzip" => Packing::Gzip,
+            "application/vnd.oci.image.layer.v1.tar+zstd"
+            | "application/vnd.docker.image.rootfs.diff.tar.zstd" => Packing::Zstd,
+            other => {
+                let shown: String = other.chars().take(100).collect();
+                return Err(self.part(PART, &blob, format!("media type `{shown}` is not that of a tar layer")));
+            }
+        };
+        if blob.size == 0 || blob.size > cap {
+            let problem = format!("{} bytes are none, or more than the {cap} that are read", blob.size);
+            return Err(self.part(PART, &blob, problem));
+        }
+        let file = self.spool(PART, &blob).await?;
+        let extracted = run(move || extract(file, packing, diff_id, cap)).await;
+        extracted.map_err(|problem| self.part(PART, &blob, problem))
+    }
+
+    /// Streams a blob into an unnamed file while its digest is computed.
+    async fn spool(&self, part: &'static str, blob: &BlobRef) -> Result<File, ImageError> {
+        let local = |error: io::Error| self.part(part, blob, format!("temporary file: {error}"));
+        let mut file = run(tempfile::tempfile).await.map_err(local)?;
+        let mut body = self.source.read(blob, 0..blob.size).await.map_err(|error| self.failed(error))?;
+        let mut hasher = Hasher::new();
+        while let Some(piece) = body.next().await {
+            let piece = piece.map_err(|error| self.failed(error))?;
+            let name = self.source.name();
+            (file, hasher) = blocking(name, move || {
+                hasher.update(&piece);
+                let written = file.write_all(&piece);
+                Ok((written.map(|()| file), hasher))
+            })
+            .await
+            .map_err(|error| self.failed(error))
+            .and_then(|(file, hasher)| Ok((file.map_err(local)?, hasher)))?;
+        }
+        let got = hasher.finish();
+        if got != blob.digest {
+            return Err(self.part(part, blob, format!("its bytes are {got}")));
+        }
+        run(move || file.seek(SeekFrom::Start(0)).map(|_| file)).await.map_err(local)
+    }
+}
+
+/// Counts and hashes what passes, and stops a stream that goes on too long.
+struct Counted<R> {
+    inner: R,
+    hasher: Hasher,
+    passed: u64,
+    cap: u64,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..count]);
+        self.passed = self.passed.saturating_add(u64::try_from(count).map_err(io::Error::other)?);
+        if self.passed > self.cap {
+            return Err(io::Error::other(format!("it unpacks to more than {} bytes", self.cap)));
+        }
+        Ok(count)
+    }
+}
+
+/// Room for the tar headers and per-blob tables beside a bootstrap of the largest size.
+const TAR_ROOM: u64 = 256 << 20;
+
+fn extract(file: File, packing: Packing, diff_id: Digest, cap: u64) -> Result<Vec<u8>, String> {
+    let file = BufReader::with_capacity(256 * 1024, file);
+    let stream: Box<dyn Read> = match packing {
+        Packing::Plain => Box::new(file),
+        Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
+        Packing::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(file).map_err(|error| error.to_string())?;
+            // 128 MiB: what every decoder must accept, and no more.
+            decoder.window_log_max(27).map_err(|error| error.to_string())?;
+            Box::new(decoder)
+        }
+    };
+    let stream =
+        Counted { inner: stream, hasher: Hasher::new(), passed: 0, cap: cap.saturating_add(TAR_ROOM) };
+    let mut tar = tar::Archive::new(stream);
+    let mut bootstrap = None;
+    let entries = tar.entries().map_err(|error| error.to_string())?;
+    for entry in entries {
+        let entry = entry.map_err(|error| format!("tar: {error}"))?;
+        if entry.path_bytes().as_ref() != BOOTSTRAP_PATH.as_bytes() {
+            continue;
+        }
+        let at = entry.raw_header_position();
+        if bootstrap.is_some() {
+            return Err(format!("a second `{BOOTSTRAP_PATH}` at byte {at}"));
+        }
+        if entry.header().entry_type() != tar::EntryType::Regular {
+            return Err(format!("`{BOOTSTRAP_PATH}` at byte {at} is no plain file"));
+        }
+        let size = entry.size();
+        if size == 0 || size > cap {
+            return Err(format!("`{BOOTSTRAP_PATH}` at byte {at} has {size} bytes; 1 to {cap} are read"));
+        }
+        // Grown as bytes come, since the header may promise what is not there.
+        let mut bytes = Vec::with_capacity(usize::try_from(size.min(16 << 20)).unwrap_or(0));
+        entry.take(size).read_to_end(&mut bytes).map_err(|error| format!("`{BOOTSTRAP_PATH}`: {error}"))?;
+        if u64::try_from(bytes.len()) != Ok(size) {
+            return Err(format!("`{BOOTSTRAP_PATH}` ends after {} of {size} bytes", bytes.len()));
+        }
+        bootstrap = Some(bytes);
+    }
+    let mut stream = tar.into_inner();
+    io::copy(&mut stream, &mut io::sink()).map_err(|error| error.to_string())?;
+    let got = stream.hasher.finish();
+    if got != diff_id {
+        return Err(format!("it unpacks to {got}, the config's DiffID is {diff_id}"));
+    }
+    bootstrap.ok_or_else(|| format!("it has no file `{BOOTSTRAP_PATH}`"))
+}

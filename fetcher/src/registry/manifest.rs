@@ -1,0 +1,88 @@
+//! Reading and writing manifests.
+
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
+use reqwest::{Method, StatusCode};
+
+use super::auth::Access;
+use super::{Payload, Registry};
+use crate::digest::Digest;
+use crate::http::{self, Use};
+use crate::oci::{
+    MAX_MANIFEST, MEDIA_TYPE_DOCKER_INDEX, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST,
+    RawManifest,
+};
+use crate::source::{ErrorClass, SourceError};
+
+/// The sender's idea of the digest. Never evidence, but a contradiction means a damaged reply.
+const CONTENT_DIGEST: &str = "docker-content-digest";
+
+impl Registry {
+    /// Gets a manifest or index by tag, or by digest, which is then verified.
+    pub async fn manifest(&self, selector: &str) -> Result<RawManifest, SourceError> {
+        let what = || format!("manifest {selector}");
+        let url = self.url(&format!("manifests/{selector}"))?;
+        let mut call = self.call(Method::GET, url, Access::Pull, Use::Documents);
+        for kind in [MEDIA_TYPE_MANIFEST, MEDIA_TYPE_INDEX, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_DOCKER_INDEX] {
+            call.headers.append(ACCEPT, HeaderValue::from_static(kind));
+        }
+        let mut response = self.send(&call).await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.unexpected(&what(), response).await);
+        }
+        let text = |name: &str| response.headers().get(name)?.to_str().ok().map(str::to_owned);
+        let media_type = text(CONTENT_TYPE.as_str())
+            .map(|kind| kind.split(';').next().unwrap_or_default().trim().to_owned());
+        let hint = text(CONTENT_DIGEST).and_then(|hint| hint.parse::<Digest>().ok());
+        let idle = self.inner.clients.options().timeouts.idle;
+        let url = response.url().clone();
+        let mut bytes: Vec<u8> = Vec::new();
+        loop {
+            let piece = match tokio::time::timeout(idle, response.chunk()).await {
+                Ok(Ok(Some(piece))) => piece,
+                Ok(Ok(None)) => break,
+                Ok(Err(error)) => return Err(http::transport_error(&self.inner.name, &url, &error)),
+                Err(_) => {
+                    let detail = format!("{}: no byte came for {} ms", what(), idle.as_millis());
+                    return Err(self.error(ErrorClass::Transient, detail));
+                }
+            };
+            bytes.extend_from_slice(&piece);
+            if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_MANIFEST) {
+                let detail = format!("{} is larger than {MAX_MANIFEST} bytes", what());
+                return Err(self.error(ErrorClass::BadReply, detail));
+            }
+        }
+        let manifest = RawManifest::new(bytes, media_type.as_deref());
+        let wanted = selector.parse::<Digest>().ok();
+        if let Some(expected) = wanted.or(hint).filter(|expected| *expected != manifest.digest) {
+            let class = if wanted.is_some() { ErrorClass::Corrupt } else { ErrorClass::BadReply };
+            let detail = format!("{}: the bytes are {}, not {expected}", what(), manifest.digest);
+            return Err(self.error(class, detail));
+        }
+        Ok(manifest)
+    }
+
+    /// Stores a manifest or index under its digest, and under a tag when there is one.
+    pub async fn put_manifest(&self, manifest: &RawManifest, tag: Option<&str>) -> Result<(), SourceError> {
+        let selector = tag.map_or_else(|| manifest.digest.to_string(), str::to_owned);
+        let url = self.url(&format!("manifests/{selector}"))?;
+        let payload = Payload::bytes(manifest.bytes.clone());
+        let mut call = self.call(Method::PUT, url, Access::Push, Use::Documents);
+        let kind = HeaderValue::try_from(manifest.media_type.as_str())
+            .map_err(|error| self.error(ErrorClass::Unsupported, format!("media type: {error}")))?;
+        call.headers.insert(CONTENT_TYPE, kind);
+        call.payload = Some(&payload);
+        let response = self.send(&call).await?;
+        if response.status() != StatusCode::CREATED && response.status() != StatusCode::OK {
+            return Err(self.unexpected(&format!("push of manifest {selector}"), response).await);
+        }
+        let stored = response.headers().get(CONTENT_DIGEST).and_then(|digest| digest.to_str().ok());
+        match stored.and_then(|digest| digest.parse::<Digest>().ok()) {
+            Some(stored) if stored != manifest.digest => {
+                let detail = format!("push of manifest {selector}: the registry stored {stored}");
+                Err(self.error(ErrorClass::BadReply, detail))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! A repository of a registry that speaks the OCI distribution protocol.
+
+mod auth;
+mod blob;
+mod challenge;
+mod manifest;
+mod range;
+mod redirect;
+mod upload;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{Method, StatusCode};
+use url::Url;
+
+use self::auth::{Access, Auth};
+use self::redirect::Targets;
+use crate::credentials::Credentials;
+use crate::digest::Digest;
+use crate::http::{self, Clients, HttpOptions, Use};
+use crate::reference::RegistryRef;
+use crate::source::{ErrorClass, SourceError};
+
+pub use upload::{Payload, SentFn};
+
+/// How to reach registries, and as whom.
+#[derive(Clone, Debug)]
+pub struct RegistryOptions {
+    /// Where credentials come from.
+    pub credentials: Credentials,
+    /// Time limits, plain HTTP, certificate authorities.
+    pub http: HttpOptions,
+    /// Blobs larger than this are uploaded in pieces of this many bytes.
+    pub upload_piece: u64,
+}
+
+impl Default for RegistryOptions {
+    fn default() -> Self {
+        Self { credentials: Credentials::default(), http: HttpOptions::default(), upload_piece: 64 << 20 }
+    }
+}
+
+/// One repository of a registry. Cheap to clone; clones share connections, tokens and redirect targets.
+#[derive(Clone)]
+pub struct Registry {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// `host/repository`, for messages.
+    name: String,
+    host: String,
+    repository: String,
+    base: Url,
+    clients: Arc<Clients>,
+    auth: Auth,
+    targets: Targets,
+    upload_piece: u64,
+    /// Until when the host counts as one that ignores ranges.
+    no_ranges: Mutex<Option<Instant>>,
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Registry").field(&self.inner.name).finish()
+    }
+}
+
+/// How long a host that ignored a range is not asked for another one.
+const NO_RANGES_FOR: Duration = Duration::from_secs(60);
+
+/// One request as it is to arrive, whatever the redirects and challenges on the way.
+struct Call<'a> {
+    method: Method,
+    url: Url,
+    headers: HeaderMap,
+    payload: Option<&'a Payload>,
+    access: Access,
+    kind: Use,
+    /// The blob whose redirect target may be remembered and used.
+    blob: Option<Digest>,
+    /// Longest wait for the head of the reply; `None` for the usual.
+    patience: Option<Duration>,
+}
+
+impl Registry {
+    /// A repository. No request is made yet.
+    pub fn new(reference: &RegistryRef, options: &RegistryOptions) -> Result<Self, SourceError> {
+        let (host, repository) = (reference.host(), reference.repository());
+        let name = format!("{host}/{repository}");
+        let api_host = if host == "docker.io" { "registry-1.docker.io" } else { host };
+        let scheme = options.http.scheme(host);
+        let base = Url::parse(&format!("{scheme}://{api_host}/v2/{repository}/")).map_err(|error| {
+            SourceError::new(ErrorClass::Unsupported, &name, format!("no URL can be made of it: {error}"))
+        })?;
+        let clients = Arc::new(Clients::new(options.http.clone()));
+        let auth = Auth::new(&name, host, repository, options.credentials.clone(), Arc::clone(&clients));
+        Ok(Self {
+            inner: Arc::new(Inner {
+                name,
+                host: host.to_owned(),
+                repository: repository.to_owned(),
+                base,
+                clients,
+                auth,
+                targets: Targets::default(),
+                upload_piece: options.upload_piece.max(1 << 20),
+                no_ranges: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Host, with its port if it has one.
+    pub fn host(&self) -> &str {
+        &self.inner.host
+    }
+
+    /// The repository's name.
+    pub fn repository(&self) -> &str {
+        &self.inner.repository
+    }
+
+    fn error(&self, class: ErrorClass, detail: impl Into<String>) -> SourceError {
+        SourceError::new(class, &self.inner.name, detail)
+    }
+
+    fn url(&self, path: &str) -> Result<Url, SourceError> {
+        self.inner
+            .base
+            .join(path)
+            .map_err(|error| self.error(ErrorClass::Unsupported, format!("no URL for `{path}`: {error}")))
+    }
+
+    fn call<'a>(&self, method: Method, url: Url, access: Access, kind: Use) -> Call<'a> {
+        Call { method, url, headers: HeaderMap::new(), payload: None, access, kind, blob: None, patience: None }
+    }
+
+    /// Turns a reply that is not the wanted one into an error.
+    async fn unexpected(&self, what: &str, response: reqwest::Response) -> SourceError {
+        let (status, after) =
+            (response.status(), http::retry_after(response.headers(), SystemTime::now()));
+        let class = range::status_class(status);
+        let detail = format!("{what}: {}", http::describe(response).await);
+        let after = after.filter(|_| class == ErrorClass::Transient);
+        self.error(class, detail).retry_after(after)
+    }
+
+    fn ignores_ranges(&self) -> bool {
+        let mut until = self.inner.no_ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        match *until {
+            Some(time) if time > Instant::now() => true,
+            _ => {
+                *until = None;
+                false
+            }
+        }
+    }
+
+    fn mark_no_ranges(&self) {
+        let mut until = self.inner.no_ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        *until = Some(Instant::now() + NO_RANGES_FOR);
+    }
+
+    /// Sends a call: shows what the registry knows us by, answers challenges, follows redirects. The reply
+    /// may have any status except a redirect or a 401 that could be answered.
+    async fn send(&self, call: &Call<'_>) -> Result<reqwest::Response, SourceError> {
+        let cached = call.blob.and_then(|blob| self.inner.targets.get(&blob));
+        let mut from_cache = cached.is_some();
+        let mut url = cached.unwrap_or_else(|| call.url.clone());
+        let (mut hops, mut round) = (0, 0);
+        loop {
+            // Only the registry itself may see our credentials.
+            let at_registry = url.origin() == self.inner.base.origin();
+            let shown = if at_registry { Some(self.inner.auth.show(call.access).await) } else { None };
+            let result = self.send_once(call, &url, shown.as_ref().and_then(|shown| shown.header.as_ref())).await;
+            if from_cache && target_is_stale(&result) {
+                // Its signature may have ended early: ask the registry once, then judge.
+                if let Some(blob) = &call.blob {
+                    self.inner.targets.drop_target(blob);
+                }
+                from_cache = false;
+                url = call.url.clone();
+                continue;
+            }
+            let response = result?;
+            match response.status().as_u16() {
+                401 => {
+                    let Some(shown) = shown else { return Ok(response) };
+                    self.inner.auth.refused(call.access, &shown, response.headers(), round).await?;
+                    round += 1;
+                }
+                code @ (301 | 302 | 303 | 307 | 308) => {
+                    let keeps_method = call.method == Method::GET || call.method == Method::HEAD;
+                    if !keeps_method && code < 307 {
+                        let detail = format!("HTTP {code} for a {} request", call.method);
+                        return Err(self.error(ErrorClass::BadReply, detail));
+                    }
+                    hops += 1;
+                    if hops > redirect::MAX_HOPS {
+                        let detail = format!("more than {} redirects", redirect::MAX_HOPS);
+                        return Err(self.error(ErrorClass::BadReply, detail));
+                    }
+                    url = self.follow(&url, &response)?;
+                    // Permanent or not: what matters is how long the target's signature lives.
+                    if let Some(blob) = call.blob.filter(|_| call.method == Method::GET) {
+                        self.inner.targets.put(blob, url.clone());
+                    }
+                }
+                _ => return Ok(response),
+            }
+        }
+    }
+
+    fn follow(&self, from: &Url, response: &reqwest::Response) -> Result<Url, SourceError> {
+        let location = response.headers().get(LOCATION).and_then(|location| location.to_str().ok());
+        let status = response.status();
+        let location = location
+            .ok_or_else(|| self.error(ErrorClass::BadReply, format!("HTTP {status} without a Location")))?;
+        redirect::resolve(from, location, self.inner.clients.options())
+            .map_err(|detail| self.error(ErrorClass::BadReply, detail))
+    }
+
+    async fn send_once(
+        &self,
+        call: &Call<'_>,
+        url: &Url,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<reqwest::Response, SourceError> {
+        let client = self.inner.clients.get(url, call.kind, &self.inner.name)?;
+        let mut request = client
+            .request(call.method.clone(), url.clone())
+            .headers(call.headers.clone())
+            .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(value) = authorization {
+            request = request.header(AUTHORIZATION, value.clone());
+        }
+        if let Some(payload) = call.payload {
+            request = payload.attach(request).await.map_err(|error| {
+                self.error(ErrorClass::Io, format!("{}: {error}", payload.name()))
+            })?;
+        }
+        let timeouts = self.inner.clients.options().timeouts;
+        let patience = timeouts.connect + call.patience.unwrap_or(timeouts.first_byte);
+        match tokio::time::timeout(patience, request.send()).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(http::transport_error(&self.inner.name, url, &error)),
+            Err(_) => {
+                let detail = format!("{} gave no reply in {} ms", http::host_of(url), patience.as_millis());
+                Err(self.error(ErrorClass::Transient, detail))
+            }
+        }
+    }
+}
+
+fn target_is_stale(result: &Result<reqwest::Response, SourceError>) -> bool {
+    const STALE: [StatusCode; 5] = [
+        StatusCode::BAD_REQUEST,
+        StatusCode::UNAUTHORIZED,
+        StatusCode::FORBIDDEN,
+        StatusCode::NOT_FOUND,
+        StatusCode::GONE,
+    ];
+    result.as_ref().map_or(true, |response| STALE.contains(&response.status()))
+}
