@@ -30,7 +30,7 @@ pub mod chunk_table;
 pub mod compression_info;
 pub mod device;
 pub mod dirent;
-// pub mod dump;
+pub mod dump;
 pub mod error;
 pub mod extended;
 pub mod image;

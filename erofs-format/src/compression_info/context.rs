@@ -161,3 +161,50 @@ pub(super) fn check_reference(
     }
     Ok(())
 }
+
+/// The chunks of batches seen so far: those of one batch must follow each other in its output.
+#[derive(Debug, Default)]
+pub(super) struct BatchRun {
+    /// Context of the last batch chunk, and the end of that chunk in its output.
+    last: Option<(u64, u64)>,
+}
+
+impl BatchRun {
+    pub(super) fn push(
+        &mut self,
+        entry: &CiEntry,
+        batches: &[BatchContext],
+        blob: &Blob,
+    ) -> Result<(), (&'static str, Problem)> {
+        if !entry.flags.contains(CiFlags::BATCH) {
+            return Ok(());
+        }
+        let (context, offset) = (entry.data >> 32, entry.data & 0xffff_ffff);
+        let expected = match self.last {
+            Some((last, end)) if last == context => end,
+            Some((last, _)) if last > context => {
+                let problem =
+                    Problem::Value { found: context, expected: "not below that of the batch chunk before" };
+                return Err(("context", problem));
+            }
+            _ => 0,
+        };
+        if offset != expected {
+            let problem = Problem::Mismatch {
+                found: offset,
+                expected,
+                with: "the end of the chunk before it in the batch",
+            };
+            return Err(("context offset", problem));
+        }
+        self.last = Some((context, offset + u64::from(entry.uncompressed_size)));
+        let stored = usize::try_from(context).ok().and_then(|context| batches.get(context));
+        let end =
+            entry.compressed_offset + stored.map_or(0, |context| u64::from(context.compressed_size.get()));
+        if end > blob.data_size() {
+            let problem = Problem::OutOfRange { end, limit: blob.data_size(), of: "the chunk data" };
+            return Err(("compressed_offset", problem));
+        }
+        Ok(())
+    }
+}

@@ -78,6 +78,7 @@ impl CiArray {
     fn check(&self, blob: &Blob) -> Result<()> {
         let size = blob.features.ci_entry_size();
         let mut next = 0;
+        let mut batch = context::BatchRun::default();
         for (i, entry) in self.entries.iter().enumerate() {
             let thing = Thing::CiEntry(i);
             let at = len_u64(&self.entries[..i]) * size;
@@ -108,7 +109,9 @@ impl CiArray {
                     Problem::OutOfRange { end: next, limit: blob.uncompressed_size, of: "the device" },
                 ));
             }
-            self.check_stored(entry, blob).map_err(|(field, problem)| thing.error(field, at, problem))?;
+            self.check_stored(entry, blob)
+                .and_then(|()| batch.push(entry, &self.batches, blob))
+                .map_err(|(field, problem)| thing.error(field, at, problem))?;
         }
         Ok(())
     }

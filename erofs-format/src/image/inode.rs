@@ -45,8 +45,8 @@ pub struct Inode<'a> {
     pub format: InodeFormat,
     pub(super) core: Core<'a>,
     /// The xattr area, header included; empty without xattrs.
-    pub(super) xattr_area: &'a [u8],
-    pub(super) data: Data<'a>,
+    pub(crate) xattr_area: &'a [u8],
+    pub(crate) data: Data<'a>,
 }
 
 /// Content of an inode, or where it is.

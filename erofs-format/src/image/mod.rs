@@ -19,6 +19,7 @@ pub use check::{BlobSummary, Summary};
 pub use chunk_map::ChunkInfo;
 pub use directory::{DirEntry, Entries};
 pub use file::{Chunk, Chunks};
+pub(crate) use inode::Data as InodeData;
 pub use inode::Inode;
 pub use walk::{Visit, Walk};
 pub use xattrs::{Xattr, Xattrs};
