@@ -240,10 +240,12 @@ impl Plan {
         let mut end = extend(map, first, first + 1, head.end, limits);
         if end == head.end && head.mixes() {
             let mut seen = end;
+            let reach_limit = map.get(index(first))?.start.saturating_add(limits.span);
             for (&start, segment) in self.segments.range(end..) {
                 // Runs of less priority are looked through: worth taking only to reach one of this priority.
                 let hole = hole(map, end, start);
-                if !segment.mixes() || hole > limits.gap || ready.next_present(seen..start).is_some() {
+                let far = map.get(index(start)).is_none_or(|chunk| chunk.start > reach_limit);
+                if far || !segment.mixes() || hole > limits.gap || ready.next_present(seen..start).is_some() {
                     break;
                 }
                 seen = segment.end;

@@ -70,7 +70,10 @@ impl Engine {
             }
             if let Some(ahead) = advice.ahead.filter(|ahead| !ahead.is_empty()) {
                 let chunks = object.chunks_of(&ahead);
-                self.want(object_id, &chunks, Priority::Ahead);
+                // Too little for a request of its own: it goes with the demand.
+                let small = missing > 0 && ahead.end.saturating_sub(bytes.end) < self.config.min_fetch;
+                let priority = if small { Priority::Demand } else { Priority::Ahead };
+                self.want(object_id, &chunks, priority);
             }
         }
     }
@@ -137,7 +140,6 @@ impl Engine {
             let Some(read) = self.reads.get_mut(&read_id) else { continue };
             read.missing = read.missing.saturating_sub(run.end.min(chunks.end) - run.start.max(chunks.start));
             if read.missing == 0 {
-                debug_assert_eq!(object.ready.missing(run), 0);
                 served.push(read_id);
             }
         }
