@@ -257,6 +257,23 @@ pub enum Request {
     },
 }
 
+/// Opens the device for a process that only holds it, see [`Device::open_path`].
+///
+/// # Errors
+/// [`DeviceError`] names the device and the remedy.
+pub fn open_fd(path: &Path) -> Result<OwnedFd, DeviceError> {
+    let opened = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|errno| {
+        let (path, source) = (path.to_owned(), errno.into());
+        match errno {
+            Errno::NOENT | Errno::NODEV | Errno::NXIO => DeviceError::Missing { path, source },
+            Errno::ACCESS | Errno::PERM => DeviceError::Denied { path, source },
+            Errno::BUSY => DeviceError::Busy { path, source },
+            _ => DeviceError::Open { path, source },
+        }
+    })
+}
+
 /// The device, open. The cache lives as long as some process has it open.
 #[derive(Debug)]
 pub struct Device {
@@ -278,16 +295,7 @@ impl Device {
     /// # Errors
     /// [`DeviceError`] names the device and the remedy.
     pub fn open_path(path: &Path) -> Result<Self, DeviceError> {
-        let fd = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-        fd.map(Self::from_fd).map_err(|errno| {
-            let (path, source) = (path.to_owned(), errno.into());
-            match errno {
-                Errno::NOENT | Errno::NODEV | Errno::NXIO => DeviceError::Missing { path, source },
-                Errno::ACCESS | Errno::PERM => DeviceError::Denied { path, source },
-                Errno::BUSY => DeviceError::Busy { path, source },
-                _ => DeviceError::Open { path, source },
-            }
-        })
+        open_fd(path).map(Self::from_fd)
     }
 
     /// Takes over a device that another process, the keeper, opened.

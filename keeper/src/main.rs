@@ -1,2 +1,89 @@
-//! Entry point.
-fn main() {}
+//! `skimmer-keeper`: see the library.
+
+use skimmer_keeper::server::{Config, Server};
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: skimmer-keeper --socket PATH [--detach] [--device PATH] [--events N] [--oom-score-adj N]
+
+Holds the fanotify group and /dev/cachefiles for the life of the mounts and relays events to skimmerd.
+
+  --socket PATH        where skimmerd connects
+  --detach             leave the caller's session, so that nothing that ends it ends the keeper
+  --device PATH        cachefiles device (default /dev/cachefiles)
+  --events N           accesses that can wait at once, 32 to 65535 (default 4096)
+  --oom-score-adj N    -1000 to 1000 (default -1000)
+";
+
+fn main() -> ExitCode {
+    let result = match parse(std::env::args_os().skip(1)) {
+        Ok(Parsed::Print(text)) => {
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            return ExitCode::SUCCESS;
+        }
+        Ok(Parsed::Run { config, detach }) => {
+            if detach {
+                // Fails only for the leader of a session, which has left it already.
+                let _ = rustix::process::setsid();
+                let _ = std::env::set_current_dir("/");
+            }
+            Server::new(config).map(Server::run).map_err(|error| error.to_string())
+        }
+        Err(message) => Err(format!("{message}\n{USAGE}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            let _ = writeln!(std::io::stderr(), "skimmer-keeper: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+enum Parsed {
+    Print(String),
+    Run { config: Config, detach: bool },
+}
+
+fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
+    let mut config = Config::new("");
+    let mut detach = false;
+    while let Some(arg) = args.next() {
+        let name = arg.to_string_lossy().into_owned();
+        let mut value = || args.next().ok_or_else(|| format!("{name} needs a value"));
+        match name.as_str() {
+            "--socket" => config.socket = absolute(&name, value()?)?,
+            "--device" => config.device = absolute(&name, value()?)?,
+            "--events" => config.events = number(&name, value()?, 32, u16::MAX)?,
+            "--oom-score-adj" => config.oom_score_adj = number(&name, value()?, -1000, 1000)?,
+            "--detach" => detach = true,
+            "--help" | "-h" => return Ok(Parsed::Print(USAGE.into())),
+            "--version" | "-V" => {
+                return Ok(Parsed::Print(format!("skimmer-keeper {}\n", env!("CARGO_PKG_VERSION"))));
+            }
+            _ => return Err(format!("unknown argument {name:?}")),
+        }
+    }
+    if config.socket.as_os_str().is_empty() {
+        return Err("--socket PATH is missing".into());
+    }
+    Ok(Parsed::Run { config, detach })
+}
+
+/// Paths must mean the same after leaving the working directory.
+fn absolute(name: &str, value: OsString) -> Result<PathBuf, String> {
+    std::path::absolute(&value).map_err(|error| format!("{name} {}: {error}", value.display()))
+}
+
+fn number<T>(name: &str, value: OsString, least: T, most: T) -> Result<T, String>
+where
+    T: std::str::FromStr + PartialOrd + std::fmt::Display,
+{
+    let parsed = value.to_str().and_then(|text| text.parse().ok());
+    parsed
+        .filter(|number| *number >= least && *number <= most)
+        .ok_or_else(|| format!("{name} takes a number from {least} to {most}, not {}", value.display()))
+}

@@ -1,0 +1,194 @@
+//! The files whose mark the keeper holds.
+
+use crate::protocol::{Errno, FileId, Label};
+use crate::sys;
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno as Sys;
+use skimmer_fanotify::Group;
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// How many inodes are remembered as complete after their mark went.
+const REMEMBERED: usize = 4096;
+
+/// Device and inode number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Inode(u64, u64);
+
+impl Inode {
+    pub(crate) fn of(fd: BorrowedFd<'_>) -> Result<(Self, rustix::fs::Stat), Sys> {
+        let stat = rustix::fs::fstat(fd)?;
+        Ok((Self(stat.st_dev, stat.st_ino), stat))
+    }
+}
+
+/// One watched file.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    pub(crate) label: Label,
+    pub(crate) writer: OwnedFd,
+    inode: Inode,
+    /// Accesses in the event table.
+    pending: u32,
+    /// Complete and unmarked; goes when its last access is answered.
+    draining: bool,
+}
+
+/// What to do with an access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Ask the daemon.
+    Relay(FileId),
+    /// Every byte is there: let it go on.
+    Allow,
+    /// Nobody can serve it.
+    Deny,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(crate) struct Files {
+    by_id: HashMap<FileId, Watched>,
+    by_inode: HashMap<Inode, FileId>,
+    /// Inodes unmarked as complete: accesses that the kernel had queued before the mark went may still come.
+    complete: Box<[Option<Inode>]>,
+    next_complete: usize,
+    max: usize,
+}
+
+impl Files {
+    pub(crate) fn new(max: usize) -> Self {
+        Self {
+            by_id: HashMap::with_capacity(max.min(REMEMBERED)),
+            by_inode: HashMap::with_capacity(max.min(REMEMBERED)),
+            complete: vec![None; REMEMBERED].into(),
+            next_complete: 0,
+            max,
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    pub(crate) fn get(&self, file: FileId) -> Option<&Watched> {
+        self.by_id.get(&file)
+    }
+
+    /// Names of the files that a daemon has to know.
+    pub(crate) fn names(&self) -> Vec<FileId> {
+        let marked = self.by_id.iter().filter(|(_, watched)| !watched.draining);
+        let mut names: Vec<FileId> = marked.map(|(&file, _)| file).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Marks a file. Watching the same file under the same name again changes nothing.
+    pub(crate) fn watch(
+        &mut self,
+        group: &Group,
+        file: FileId,
+        label: Label,
+        writer: OwnedFd,
+    ) -> Result<(), Errno> {
+        let (inode, stat) = Inode::of(writer.as_fd())?;
+        let mode = rustix::fs::fcntl_getfl(&writer)? & OFlags::RWMODE;
+        if !FileType::from_raw_mode(stat.st_mode).is_file() || mode == OFlags::RDONLY {
+            return Err(Sys::BADF.into());
+        }
+        match (self.by_id.get(&file), self.by_inode.get(&inode)) {
+            (None, None) => {}
+            (Some(known), _) if known.inode == inode && !known.draining => return Ok(()),
+            _ => return Err(Sys::EXIST.into()),
+        }
+        if self.by_id.len() >= self.max {
+            return Err(Sys::MFILE.into());
+        }
+        group.mark(&writer).map_err(|error| Errno::new(error.raw_os_error()).unwrap_or(Errno::IO))?;
+        // What was said of this inode's last life is no longer true.
+        for entry in &mut self.complete {
+            entry.take_if(|known| *known == inode);
+        }
+        self.by_inode.insert(inode, file);
+        self.by_id.insert(file, Watched { label, writer, inode, pending: 0, draining: false });
+        Ok(())
+    }
+
+    /// Removes the mark. An incomplete file must be open nowhere else, or its readers would get zeros.
+    pub(crate) fn unwatch(&mut self, group: &Group, file: FileId, complete: bool) -> Result<(), Errno> {
+        let watched = self.by_id.get_mut(&file).filter(|watched| !watched.draining).ok_or(Sys::NOENT)?;
+        let inode = watched.inode;
+        if complete {
+            unmark(group, watched)?;
+            watched.draining = true;
+            self.complete[self.next_complete] = Some(inode);
+            self.next_complete = (self.next_complete + 1) % self.complete.len();
+            self.forget_drained(file);
+            return Ok(());
+        }
+        if watched.pending > 0 {
+            return Err(Sys::BUSY.into());
+        }
+        sys::write_lease(watched.writer.as_fd(), true).map_err(|error| match error.raw_os_error() {
+            Some(libc::EAGAIN) => Sys::BUSY.into(),
+            raw => raw.and_then(Errno::new).unwrap_or(Errno::IO),
+        })?;
+        let unmarked = unmark(group, watched);
+        let _ = sys::write_lease(watched.writer.as_fd(), false);
+        unmarked?;
+        self.remove(file);
+        Ok(())
+    }
+
+    /// Whose access is this?
+    pub(crate) fn judge(&self, inode: Inode) -> Verdict {
+        match self.by_inode.get(&inode) {
+            Some(&file) if self.by_id.get(&file).is_some_and(|watched| !watched.draining) => {
+                Verdict::Relay(file)
+            }
+            Some(_) => Verdict::Allow,
+            None if self.complete.contains(&Some(inode)) => Verdict::Allow,
+            None => Verdict::Deny,
+        }
+    }
+
+    /// An access of the file went into the event table.
+    pub(crate) fn event_added(&mut self, file: FileId) {
+        if let Some(watched) = self.by_id.get_mut(&file) {
+            watched.pending += 1;
+        }
+    }
+
+    /// One left it.
+    pub(crate) fn event_answered(&mut self, file: FileId) {
+        if let Some(watched) = self.by_id.get_mut(&file) {
+            watched.pending = watched.pending.saturating_sub(1);
+        }
+        self.forget_drained(file);
+    }
+
+    /// The files that are complete but still have accesses waiting.
+    pub(crate) fn draining(&self) -> Vec<FileId> {
+        self.by_id.iter().filter(|(_, watched)| watched.draining).map(|(&file, _)| file).collect()
+    }
+
+    fn forget_drained(&mut self, file: FileId) {
+        if self.by_id.get(&file).is_some_and(|watched| watched.draining && watched.pending == 0) {
+            self.remove(file);
+        }
+    }
+
+    fn remove(&mut self, file: FileId) {
+        if let Some(watched) = self.by_id.remove(&file) {
+            self.by_inode.remove(&watched.inode);
+        }
+    }
+}
+
+fn unmark(group: &Group, watched: &Watched) -> Result<(), Errno> {
+    match group.unmark(&watched.writer) {
+        // The kernel drops the mark of a file that was deleted and closed everywhere else.
+        Ok(()) | Err(skimmer_fanotify::GroupError::NotMarked(_)) => Ok(()),
+        Err(error) => Err(Errno::new(error.raw_os_error()).unwrap_or(Errno::IO)),
+    }
+}

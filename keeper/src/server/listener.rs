@@ -1,0 +1,74 @@
+//! The listening socket: one keeper per path, nobody else may connect.
+
+use super::StartError;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Listens; removes its socket file when dropped.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    socket: OwnedFd,
+    path: PathBuf,
+    /// Held for life: whoever has it owns the socket's path.
+    _lock: OwnedFd,
+}
+
+impl Listener {
+    pub(crate) fn new(path: &Path) -> Result<Self, StartError> {
+        let mut lock_path = OsString::from(path);
+        lock_path.push(".lock");
+        let lock_path = PathBuf::from(lock_path);
+        let fail = |path: &Path, what| {
+            let path = path.to_owned();
+            move |errno: Errno| StartError::Socket { path, what, source: errno.into() }
+        };
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let lock = rustix::fs::open(&lock_path, flags, Mode::RUSR | Mode::WUSR);
+        let lock = lock.map_err(fail(&lock_path, "opening the lock file"))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
+            Errno::WOULDBLOCK => StartError::Running(path.into()),
+            errno => fail(&lock_path, "locking")(errno),
+        })?;
+        // The lock is ours, so a socket file that is there belongs to nobody.
+        match rustix::fs::unlink(path) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(fail(path, "removing the old socket")(errno)),
+        }
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let socket = socket.map_err(fail(path, "making a socket"))?;
+        let address = SocketAddrUnix::new(path).map_err(fail(path, "as a socket address"))?;
+        let umask = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+        let bound = rustix::net::bind(&socket, &address);
+        rustix::process::umask(umask);
+        bound.map_err(fail(path, "binding"))?;
+        rustix::net::listen(&socket, 16).map_err(fail(path, "listening"))?;
+        Ok(Self { socket, path: path.into(), _lock: lock })
+    }
+
+    /// The next connection, or `None` when nobody waits.
+    pub(crate) fn accept(&self) -> io::Result<Option<OwnedFd>> {
+        match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = rustix::fs::unlink(&self.path);
+    }
+}

@@ -1,0 +1,597 @@
+//! The process: one thread, one poll loop, nothing allocated per event.
+
+mod events;
+mod files;
+mod listener;
+mod log;
+mod peer;
+mod process;
+
+use crate::packet::{self, Received};
+use crate::protocol::{Errno, EventId, ProtocolError, Refusal, Reply, Request};
+use events::EventTable;
+use files::{Files, Inode, Verdict};
+use listener::Listener;
+use log::{Limit, log};
+use peer::{Outgoing, Peer, Process, refuse};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno as Sys;
+use skimmer_fanotify::{
+    AnswerError, DenyErrno, EventAccess, EventBuffer, Group, GroupError, Notification, PreAccess,
+};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Descriptors that are neither event nor watched file.
+const RESERVED_FDS: u64 = 64;
+/// How long a daemon may wait for its predecessor to finish dying.
+const SUCCESSION_PATIENCE: Duration = Duration::from_secs(5);
+/// Group reads, commands and sends in one turn of the loop, so that none starves the others.
+const BATCH: usize = 256;
+
+/// How to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to listen.
+    pub socket: PathBuf,
+    /// The device to hold on request.
+    pub device: PathBuf,
+    /// For `/proc/self/oom_score_adj`.
+    pub oom_score_adj: i32,
+    /// Accesses that can wait at once; further ones wait in the kernel's queue.
+    pub events: u16,
+}
+
+impl Config {
+    /// The defaults, listening there.
+    #[must_use]
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        let device = skimmer_cachefiles::device::DEVICE_PATH.into();
+        Self { socket: socket.into(), device, oom_score_adj: -1000, events: 4096 }
+    }
+}
+
+/// Why the keeper did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Another keeper has that socket.
+    #[error("{}: another keeper is running there", .0.display())]
+    Running(PathBuf),
+    /// The socket could not be made.
+    #[error("{}: {what}: {source}", path.display())]
+    Socket {
+        /// Socket or its lock file.
+        path: PathBuf,
+        /// Step.
+        what: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Signals could not be redirected.
+    #[error("redirecting signals: {0}")]
+    Signals(#[source] io::Error),
+}
+
+/// The keeper's state.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    signals: OwnedFd,
+    /// The error is what `Watch` answers on a kernel without the feature.
+    group: Result<Group, GroupError>,
+    files: Files,
+    events: EventTable,
+    buffer: EventBuffer,
+    device_path: PathBuf,
+    device: Option<OwnedFd>,
+    /// The daemon that is served.
+    peer: Option<Peer>,
+    /// The last daemon, when its connection is gone but its process is not dead yet.
+    fence: Option<Process>,
+    /// A daemon that waits for the fence, and until when.
+    successor: Option<(Peer, Instant)>,
+    denials: Limit,
+    group_errors: Limit,
+    stop: bool,
+}
+
+/// Whether the loop goes on with this daemon.
+type Served = Result<(), Hangup>;
+
+/// Why a connection ends.
+#[derive(Debug)]
+enum Hangup {
+    Closed,
+    Dead,
+    Broken(ProtocolError),
+    Failed(Sys),
+}
+
+impl From<Sys> for Hangup {
+    fn from(errno: Sys) -> Self {
+        match errno {
+            Sys::PIPE | Sys::CONNRESET | Sys::NOTCONN => Self::Closed,
+            errno => Self::Failed(errno),
+        }
+    }
+}
+
+impl Server {
+    /// Prepares the process and listens.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn new(config: Config) -> Result<Self, StartError> {
+        let listener = Listener::new(&config.socket)?;
+        let open_files = process::raise_open_files();
+        let usable = open_files.saturating_sub(RESERVED_FDS);
+        // An event without a descriptor to open would be denied by the kernel, so both tables together fit the limit.
+        let slots =
+            u16::try_from(usable / 2).unwrap_or(u16::MAX).min(config.events.clamp(32, events::SLOTS_MAX));
+        let max_files = usize::try_from(usable.saturating_sub(u64::from(slots))).unwrap_or(usize::MAX);
+        let group = Group::new(EventAccess::ReadOnly);
+        if let Err(error) = &group {
+            log!("{error}");
+        }
+        let (files, events) = (Files::new(max_files), EventTable::new(slots));
+        // Last, so that what is allocated above is locked too.
+        let signals = process::harden(config.oom_score_adj).map_err(StartError::Signals)?;
+        log!("listening on {}, {slots} events, {max_files} files", config.socket.display());
+        Ok(Self {
+            listener,
+            signals,
+            group,
+            files,
+            events,
+            buffer: EventBuffer::new(),
+            device_path: config.device,
+            device: None,
+            peer: None,
+            fence: None,
+            successor: None,
+            denials: Limit::default(),
+            group_errors: Limit::default(),
+            stop: false,
+        })
+    }
+
+    /// Serves until it is told to stop while nothing is held. A panic on the way is logged and survived: ending would
+    /// let every waiting read through unfilled.
+    pub fn run(mut self) {
+        while !self.stop {
+            if std::panic::catch_unwind(AssertUnwindSafe(|| self.serve())).is_err() {
+                log!("survived a panic; {}", self.held());
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        log!("stopping, nothing is held");
+    }
+
+    fn serve(&mut self) {
+        while !self.stop {
+            match self.wait() {
+                Ok(ready) => self.turn(ready),
+                Err(Sys::INTR) => {}
+                Err(errno) => {
+                    if self.group_errors.pass() {
+                        log!("poll: {errno}");
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            }
+        }
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&self) -> Result<Ready, Sys> {
+        let has_room = self.events.free() >= EventBuffer::MAX_EVENTS;
+        let peer = self.peer.as_ref();
+        let mut peer_flags = PollFlags::empty();
+        if let Some(peer) = peer {
+            peer_flags.set(PollFlags::IN, peer.takes_commands());
+            peer_flags.set(PollFlags::OUT, peer.full);
+        }
+        let watched_process = peer.map(|peer| &peer.process).or(self.fence.as_ref());
+        let successor = self.successor.as_ref();
+        // An absent one is stood in for by the listener with no events to wait for.
+        let wanted = [
+            (Some(self.listener.as_fd()), PollFlags::IN),
+            (Some(self.signals.as_fd()), PollFlags::IN),
+            (self.group.as_ref().ok().filter(|_| has_room).map(AsFd::as_fd), PollFlags::IN),
+            (peer.map(|peer| peer.socket.as_fd()), peer_flags),
+            (watched_process.map(AsFd::as_fd), PollFlags::IN),
+            (successor.map(|(peer, _)| peer.socket.as_fd()), PollFlags::empty()),
+        ];
+        let mut fds = wanted.map(|(fd, flags)| match fd {
+            Some(fd) => PollFd::from_borrowed_fd(fd, flags),
+            None => PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::empty()),
+        });
+        let timeout = successor.map(|(_, until)| until.saturating_duration_since(Instant::now()));
+        let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
+        rustix::event::poll(&mut fds, timeout.as_ref())?;
+        let [listener, signals, group, peer, process, successor] = fds.map(|fd| fd.revents());
+        Ok(Ready {
+            listener: listener.contains(PollFlags::IN),
+            signals: !signals.is_empty(),
+            group: group.contains(PollFlags::IN),
+            peer: !peer.is_empty(),
+            process: process.contains(PollFlags::IN),
+            successor: successor.intersects(PollFlags::HUP | PollFlags::ERR),
+        })
+    }
+
+    /// One turn of the loop. The old daemon comes before new ones, so that its end is seen first.
+    fn turn(&mut self, ready: Ready) {
+        if ready.group {
+            self.read_group();
+        }
+        if ready.peer
+            && let Err(hangup) = self.serve_peer()
+        {
+            self.disconnect(&hangup);
+        }
+        if ready.process {
+            self.process_died();
+        }
+        if ready.successor {
+            self.successor = None;
+        }
+        self.succeed();
+        if ready.listener {
+            self.accept();
+        }
+        if let Err(hangup) = self.pump() {
+            self.disconnect(&hangup);
+        }
+        if ready.signals {
+            self.signalled();
+        }
+    }
+
+    /// Takes accesses from the kernel into the table.
+    fn read_group(&mut self) {
+        let Self { group: Ok(group), files, events, buffer, denials, .. } = self else { return };
+        for _ in 0..BATCH {
+            if events.free() < EventBuffer::MAX_EVENTS {
+                return;
+            }
+            let read = group.read(buffer, |notification| match notification {
+                Notification::Access(token) => admit(files, events, denials, token),
+                Notification::Overflow => log!("the kernel lost events: reads went through unfilled"),
+                Notification::Malformed(error) => {
+                    if denials.pass() {
+                        log!("denied: {error}");
+                    }
+                }
+            });
+            match read {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    if self.group_errors.pass() {
+                        log!("{error}: the kernel denied an access");
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Reads and carries out commands.
+    fn serve_peer(&mut self) -> Served {
+        for _ in 0..BATCH {
+            let Some(peer) = self.peer.as_mut().filter(|peer| peer.takes_commands()) else { return Ok(()) };
+            let (bytes, len, fd) = match packet::receive(peer.socket.as_fd())? {
+                Received::Nothing => return Ok(()),
+                Received::Closed => return Err(Hangup::Closed),
+                Received::Packet { bytes, len, fd } => (bytes, len, fd),
+            };
+            let (seq, request) = Request::decode(&bytes[..len]).map_err(Hangup::Broken)?;
+            let expected = request.carries_fd();
+            if expected != fd.is_some() {
+                return Err(Hangup::Broken(ProtocolError::Descriptor { kind: request.name(), expected }));
+            }
+            self.carry_out(seq, request, fd);
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, seq: u32, request: Request, fd: Option<OwnedFd>) {
+        let outcome = match request {
+            Request::Answer { event, errno } => {
+                let known = self.answer(event, errno.map(|errno| DenyErrno::from_raw(errno.raw())));
+                if !known && let Some(peer) = &mut self.peer {
+                    peer.queue(Reply::Stale { event });
+                }
+                return;
+            }
+            Request::Watch { file, label } => match (&self.group, fd) {
+                (Ok(group), Some(writer)) => self.files.watch(group, file, label, writer),
+                (Err(error), _) => Err(Errno::new(error.raw_os_error()).unwrap_or(Errno::IO)),
+                (Ok(_), None) => Err(Errno::INVAL),
+            },
+            Request::Unwatch { file, complete } => match &self.group {
+                Ok(group) => self.files.unwatch(group, file, complete),
+                Err(_) => Err(Sys::NOENT.into()),
+            },
+            Request::OpenDevice => match self.open_device() {
+                Ok(()) => {
+                    if let Some(peer) = &mut self.peer {
+                        peer.replies.push_back(Outgoing::Device { seq });
+                    }
+                    return;
+                }
+                Err(errno) => Err(errno),
+            },
+            Request::CloseDevice => {
+                if self.device.take().is_some() {
+                    log!("closed {}", self.device_path.display());
+                }
+                Ok(())
+            }
+            Request::Stop if self.holds_anything() => Err(Sys::BUSY.into()),
+            Request::Stop => {
+                self.stop = true;
+                Ok(())
+            }
+        };
+        if let Err(errno) = outcome {
+            log!("{}: {errno}", request.name());
+        }
+        if let Some(peer) = &mut self.peer {
+            peer.queue(Reply::Done { seq, errno: outcome.err() });
+        }
+    }
+
+    /// Answers an access; false when none of that name waits.
+    fn answer(&mut self, event: EventId, deny: Option<DenyErrno>) -> bool {
+        let Some((file, token)) = self.events.take(event) else { return false };
+        let result = match deny {
+            None => token.allow(),
+            Some(errno) => token.deny(errno),
+        };
+        // That the accessor was killed meanwhile is nothing to report.
+        if let Err(error @ AnswerError::Write(_)) = result
+            && self.group_errors.pass()
+        {
+            log!("{error}");
+        }
+        self.files.event_answered(file);
+        true
+    }
+
+    fn open_device(&mut self) -> Result<(), Errno> {
+        if self.device.is_none() {
+            let opened = skimmer_cachefiles::device::open_fd(&self.device_path).map_err(|error| {
+                log!("{error}");
+                error.raw_os_error().and_then(Errno::new).unwrap_or(Errno::IO)
+            })?;
+            log!("opened {}", self.device_path.display());
+            self.device = Some(opened);
+        }
+        Ok(())
+    }
+
+    /// Sends what waits for the daemon: files of the welcome, replies, then accesses.
+    fn pump(&mut self) -> Served {
+        let Self { peer: Some(peer), files, events, device, .. } = self else { return Ok(()) };
+        peer.full = false;
+        while let Some(&file) = peer.welcome.last() {
+            let Some(watched) = files.get(file) else {
+                return Err(Hangup::Failed(Sys::NOENT));
+            };
+            if !peer.send(&Reply::File { file, label: watched.label }, Some(watched.writer.as_fd()))? {
+                return Ok(());
+            }
+            peer.welcome.pop();
+        }
+        while let Some(&reply) = peer.replies.front() {
+            let sent = match (reply, &*device) {
+                (Outgoing::Plain(reply), _) => peer.send(&reply, None)?,
+                (Outgoing::Device { seq }, Some(device)) => {
+                    peer.send(&Reply::Device { seq }, Some(device.as_fd()))?
+                }
+                // Closed again before the reply went out.
+                (Outgoing::Device { seq }, None) => {
+                    peer.send(&Reply::Done { seq, errno: Some(Sys::BADF.into()) }, None)?
+                }
+            };
+            if !sent {
+                return Ok(());
+            }
+            peer.replies.pop_front();
+        }
+        for _ in 0..BATCH {
+            let Some(event) = events.next_unsent() else { return Ok(()) };
+            let reply =
+                Reply::Event { event: event.id, file: event.file, offset: event.offset, count: event.count };
+            if !peer.send(&reply, None)? {
+                return Ok(());
+            }
+            events.mark_sent();
+        }
+        // More is left; the next turn follows as soon as the socket takes something.
+        peer.full = true;
+        Ok(())
+    }
+
+    /// Takes in a new connection.
+    fn accept(&mut self) {
+        let newcomer = match self.listener.accept().map(|socket| socket.map(Peer::identify)) {
+            Ok(Some(Ok(Some(peer)))) => peer,
+            Ok(None | Some(Ok(None))) => return,
+            Ok(Some(Err(error))) | Err(error) => {
+                if self.group_errors.pass() {
+                    log!("a connection failed: {error}");
+                }
+                return;
+            }
+        };
+        if self.peer.as_ref().is_some_and(|peer| peer.process.is_dead()) {
+            self.disconnect(&Hangup::Dead);
+        }
+        if self.fence.as_ref().is_some_and(|fence| fence.pid == newcomer.process.pid || fence.is_dead()) {
+            self.fence = None;
+        }
+        match (&self.peer, &self.fence, &self.successor) {
+            (None, None, _) => self.welcome(newcomer),
+            (None, Some(_), None) => self.successor = Some((newcomer, Instant::now() + SUCCESSION_PATIENCE)),
+            (Some(Peer { process: holder, .. }), ..) | (None, Some(holder), Some(_)) => {
+                log!("refused process {}: process {} is served", newcomer.process.pid, holder.pid);
+                refuse(newcomer.socket.as_fd(), Refusal::Busy(holder.pid));
+            }
+        }
+    }
+
+    /// Lets the waiting daemon in when its predecessor is dead, or turns it away when its time is up.
+    fn succeed(&mut self) {
+        let Some((_, until)) = &self.successor else { return };
+        match &self.fence {
+            Some(fence) if Instant::now() >= *until => {
+                let holder = fence.pid;
+                log!("process {holder} closed its connection but lives on; its successor is turned away");
+                if let Some((peer, _)) = self.successor.take() {
+                    refuse(peer.socket.as_fd(), Refusal::Busy(holder));
+                }
+            }
+            Some(_) => {}
+            None => {
+                if let Some((peer, _)) = self.successor.take() {
+                    self.welcome(peer);
+                }
+            }
+        }
+    }
+
+    /// Starts to serve a daemon: it learns what is held and is sent every access that waits.
+    fn welcome(&mut self, mut peer: Peer) {
+        let mut names = self.files.names();
+        let files = u64::try_from(names.len()).unwrap_or(u64::MAX);
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let welcome = Reply::Welcome { pid, device_held: self.device.is_some(), files };
+        names.reverse();
+        peer.welcome = names;
+        self.events.resend_all();
+        log!("serving process {}; {}", peer.process.pid, self.held());
+        match peer.send(&welcome, None) {
+            Ok(true) => self.peer = Some(peer),
+            // A fresh socket has room; without it something is badly wrong with this peer.
+            Ok(false) | Err(_) => log!("process {} is gone before its welcome", peer.process.pid),
+        }
+    }
+
+    fn process_died(&mut self) {
+        if self.peer.as_ref().is_some_and(|peer| peer.process.is_dead()) {
+            self.disconnect(&Hangup::Dead);
+        }
+        if self.fence.as_ref().is_some_and(Process::is_dead) {
+            self.fence = None;
+        }
+    }
+
+    /// Ends a connection. What was not answered waits for the next daemon, except for files that are complete.
+    fn disconnect(&mut self, hangup: &Hangup) {
+        let Some(peer) = self.peer.take() else { return };
+        let pid = peer.process.pid;
+        match hangup {
+            Hangup::Closed | Hangup::Dead => log!("process {pid} is gone; {}", self.held()),
+            Hangup::Broken(error) => {
+                log!("process {pid} broke the protocol: {error}");
+                refuse(peer.socket.as_fd(), Refusal::Protocol);
+            }
+            Hangup::Failed(errno) => log!("connection of process {pid}: {errno}"),
+        }
+        if !peer.process.is_dead() {
+            self.fence = Some(peer.process);
+        }
+        for file in self.files.draining() {
+            while let Some(event) = self.events.of_file(file) {
+                self.answer(event, None);
+            }
+        }
+    }
+
+    fn signalled(&mut self) {
+        // One `signalfd_siginfo` of 128 bytes per signal; it starts with the number.
+        let mut info = [0; 128];
+        while let Ok(128) = rustix::io::read(&self.signals, &mut info[..]) {
+            let signal = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+            if signal == libc::SIGHUP {
+                continue;
+            }
+            if self.holds_anything() {
+                log!("signal {signal} ignored: {}; ending now would give readers zeros", self.held());
+            } else {
+                self.stop = true;
+            }
+        }
+    }
+
+    fn holds_anything(&self) -> bool {
+        self.files.len() > 0 || self.events.len() > 0 || self.device.is_some()
+    }
+
+    fn held(&self) -> Held {
+        Held { files: self.files.len(), events: self.events.len(), device: self.device.is_some() }
+    }
+}
+
+/// What a log line says is held.
+struct Held {
+    files: usize,
+    events: usize,
+    device: bool,
+}
+
+impl std::fmt::Display for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} files watched, {} accesses waiting", self.files, self.events)?;
+        if self.device { f.write_str(", device held") } else { Ok(()) }
+    }
+}
+
+/// What poll found.
+#[derive(Debug, Clone, Copy)]
+struct Ready {
+    listener: bool,
+    signals: bool,
+    group: bool,
+    peer: bool,
+    process: bool,
+    successor: bool,
+}
+
+/// Decides about one access: relay, let through or deny.
+fn admit(files: &mut Files, events: &mut EventTable, denials: &mut Limit, token: PreAccess) {
+    let (inode, stat) = match Inode::of(token.as_fd()) {
+        Ok(found) => found,
+        Err(errno) => {
+            if denials.pass() {
+                log!("denied an access: fstat: {errno}");
+            }
+            return deny(token);
+        }
+    };
+    match files.judge(inode) {
+        Verdict::Relay(file) => {
+            let whole = || (0, u64::try_from(stat.st_size).unwrap_or(0));
+            let (offset, count) = token.range().map_or_else(whole, |range| (range.offset, range.count));
+            files.event_added(file);
+            events.insert(file, offset, count, token);
+        }
+        Verdict::Allow => drop(token.allow()),
+        Verdict::Deny => {
+            if denials.pass() {
+                log!("denied an access by process {}: {inode:?} is not watched", token.pid());
+            }
+            deny(token);
+        }
+    }
+}
+
+fn deny(token: PreAccess) {
+    drop(token.deny(DenyErrno::Io));
+}
