@@ -57,6 +57,9 @@ impl<'a> Block<'a> {
             return Err(thing.error("entry", at, Problem::Missing("the entry")));
         };
         let start = usize::from(dirent.nameoff.get());
+        if start < size_of_val(self.dirents) {
+            return Err(thing.value("nameoff", at + 8, dirent.nameoff.get(), "behind the entries"));
+        }
         let end = match self.dirents.get(index + 1) {
             Some(next) => usize::from(next.nameoff.get()),
             None => self.bytes.len(),
@@ -73,9 +76,6 @@ impl<'a> Block<'a> {
                 return Err(thing.error("names", self.at + bytes::index(start), problem));
             }
             name = used;
-        }
-        if start < size_of_val(self.dirents) {
-            return Err(thing.value("nameoff", at + 8, dirent.nameoff.get(), "behind the entries"));
         }
         if !is_valid_name(name) {
             let problem = Problem::Text("is not 1 to 255 bytes without '/' and NUL");
