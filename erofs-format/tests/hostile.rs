@@ -137,7 +137,7 @@ fn each_rule_is_enforced() {
         (0x3048, &[0], "directory 128", "nameoff"),
         (0x3048, &[61], "directory 128", "nameoff"),
         (0x3048, &[72], "directory 128", "nameoff"),
-        (0x3048, &[48], "directory 128", "nameoff"),
+        (0x3048, &[48], "directory 128", "name"),
         (0x3054, &[60], "directory 128", "name"),
         (0x3054, &[0xff], "directory 128", "nameoff"),
         (0x3060, &[62], "directory 128", "name"),
@@ -299,8 +299,8 @@ fn shared_directory_blocks_are_refused() {
 }
 
 fn dense(image: &[u8]) -> std::ops::Range<usize> {
-    let meta =
-        usize::try_from(u32::from_le_bytes(image[1064..1068].try_into().unwrap())).unwrap() * 4096 + 4096;
+    // The low byte of meta_blkaddr: the images of these tests have few blobs.
+    let meta = usize::from(image[1064]) * 4096 + 4096;
     meta..image.len().min(meta + 8192)
 }
 
