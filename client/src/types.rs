@@ -219,7 +219,7 @@ pub struct ShutdownReport {
     pub unmounted: Vec<PathBuf>,
     /// Mounts that stay.
     pub remaining: Vec<PathBuf>,
-    /// Whether the keeper was told to exit too.
+    /// Whether the keeper, which then holds nothing, is told to exit too.
     pub keeper_stopped: bool,
 }
 

@@ -65,7 +65,7 @@ pub struct Fetch {
 
 impl Default for Fetch {
     fn default() -> Self {
-        Self { budget_mib: 64, read_deadline_s: 60, max_attempts: 6, park_s: 60 }
+        Self { budget_mib: 64, read_deadline_s: 60, max_attempts: 24, park_s: 60 }
     }
 }
 
@@ -203,12 +203,16 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Value`].
     pub fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let fail = |key, reason: &str| Err(ConfigError::Value { path: path.into(), key, reason: reason.into() });
+        let fail =
+            |key, reason: &str| Err(ConfigError::Value { path: path.into(), key, reason: reason.into() });
         for (key, value) in
             [("root", &self.root), ("socket", &self.socket), ("keeper_socket", &self.keeper_socket)]
         {
             if !value.is_absolute() {
-                return fail(key, &format!("is {:?}; it must be an absolute path", value.display().to_string()));
+                return fail(
+                    key,
+                    &format!("is {:?}; it must be an absolute path", value.display().to_string()),
+                );
             }
         }
         if self.socket == self.keeper_socket {
@@ -272,7 +276,9 @@ mod tests {
         assert!(keys.len() > 10);
         for key in keys {
             assert!(
-                DEFAULT_TEXT.lines().any(|l| l.trim_start_matches(['#', ' ']).starts_with(&format!("{key} ="))),
+                DEFAULT_TEXT
+                    .lines()
+                    .any(|l| l.trim_start_matches(['#', ' ']).starts_with(&format!("{key} ="))),
                 "{key} is not in the printed default"
             );
         }

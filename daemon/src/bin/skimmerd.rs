@@ -1,2 +1,116 @@
-//! Entry point.
-fn main() {}
+//! `skimmerd`: serves image mounts on demand.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use skimmer_client::ClientError;
+use skimmer_daemon::config::{Config, DEFAULT_TEXT};
+use tracing_subscriber::EnvFilter;
+
+/// Serves container image mounts on demand.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Arguments {
+    /// Configuration file [default: /etc/skimmer/skimmerd.toml when it exists].
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Control socket.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Socket of the keeper.
+    #[arg(long, value_name = "PATH")]
+    keeper_socket: Option<PathBuf>,
+    /// Directory of cache and state.
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Log filter: error, warn, info, debug, trace, or per module.
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+    /// Leave the caller's session first.
+    #[arg(long)]
+    detach: bool,
+    /// Print the default configuration and exit.
+    #[arg(long)]
+    print_default_config: bool,
+    /// Have the running daemon unmount everything and end, and its keeper too.
+    #[arg(long)]
+    stop_all: bool,
+}
+
+impl Arguments {
+    fn config(&self) -> Result<Config, Box<dyn std::error::Error>> {
+        let mut config = Config::load(self.config.as_deref())?;
+        for (given, option) in [
+            (&self.socket, &mut config.socket),
+            (&self.keeper_socket, &mut config.keeper_socket),
+            (&self.root, &mut config.root),
+        ] {
+            if let Some(path) = given {
+                *option = std::path::absolute(path)?;
+            }
+        }
+        // A socket that was moved takes the keeper's with it: daemons in two places need two keepers.
+        if let (Some(_), None) = (&self.socket, &self.keeper_socket) {
+            config.keeper_socket = config.socket.with_file_name("keeper.sock");
+        }
+        if let Some(log) = &self.log {
+            config.log.clone_from(log);
+        }
+        config.check(self.config.as_deref().unwrap_or("command line".as_ref()))?;
+        Ok(config)
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.print_default_config {
+        let printed = std::io::stdout().lock().write_all(DEFAULT_TEXT.as_bytes());
+        return if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("skimmerd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let config = arguments.config()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    if arguments.stop_all {
+        return runtime.block_on(stop_all(&config));
+    }
+    if arguments.detach {
+        // Fails only for a process group's leader, which a child of ours never is.
+        let _ = rustix::process::setsid();
+    }
+    let filter =
+        EnvFilter::try_new(&config.log).map_err(|error| format!("log filter `{}`: {error}", config.log))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    skimmer_fetcher::http::install_tls_provider();
+    runtime.block_on(skimmer_daemon::app::run(config)).map_err(|error| format!("{error:#}").into())
+}
+
+async fn stop_all(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
+    let with_remedy = |error: ClientError| match error.remedy() {
+        Some(remedy) => format!("{error}; {remedy}"),
+        None => error.to_string(),
+    };
+    let client = skimmer_client::Client::connect(&config.socket).await.map_err(with_remedy)?;
+    let report = client.shutdown(true).await.map_err(with_remedy)?;
+    for target in report.unmounted {
+        println!("unmounted {}", target.display());
+    }
+    if !report.keeper_stopped {
+        eprintln!("skimmerd: the keeper stays: something still uses what it holds");
+    }
+    Ok(())
+}

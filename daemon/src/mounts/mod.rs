@@ -1,1 +1,311 @@
-//! Being written.
+//! Mounting images and taking them down again.
+//!
+//! One superblock per image and mode ("attachment"); more mounts of the same image are clones of it. The order of
+//! bringing one up is what keeps readers safe: record what the blob files hold, make the data path know the blobs,
+//! watch the files, *then* mount (the kernel decides at open whether a file raises events), prove with a read that
+//! events come, write the record, show the mount.
+
+pub mod bdi;
+pub mod failure;
+pub mod kernel;
+pub mod modes;
+pub mod mountinfo;
+pub mod open;
+pub mod probe;
+
+mod attach;
+mod release;
+mod restore;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use skimmer_client::{AttachMode, BlobReport, KeeperReport, Mount, MountRequest, StatusReport};
+use tokio::sync::Mutex;
+
+use crate::blob::{BlobId, BlobSpec};
+use crate::config::Config;
+use crate::driver::Handle;
+use crate::frontend::Mode;
+use crate::store::Store;
+use crate::store::journal::{Journal, Notice};
+use crate::store::records::{AttachmentRecord, ImageRecord, MountsRecord, Secrets};
+
+pub use failure::{Failure, Kind};
+
+/// How often what could not be released at once is tried again, and mounts that were taken down by others are noticed.
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// The shared domain of all our fscache mounts.
+pub const DOMAIN: &str = "skimmer";
+/// The volume key that EROFS makes of it.
+pub const VOLUME: &str = "erofs,skimmer";
+
+/// What [`Mounts::new`] is given.
+pub struct Parts {
+    /// The configuration.
+    pub config: Config,
+    /// The locked root.
+    pub store: Store,
+    /// The data path.
+    pub driver: Handle,
+    /// The record keeper.
+    pub journal: Journal,
+    /// Where logins lie.
+    pub secrets: Secrets,
+    /// The keeper: its report, or why there is none.
+    pub keeper: Result<KeeperState, String>,
+}
+
+/// What the keeper held when the daemon connected to it.
+#[derive(Debug, Clone, Default)]
+pub struct KeeperState {
+    /// Labels of the files it watched: blob ids.
+    pub files: Vec<String>,
+    /// Whether it holds the cachefiles device.
+    pub device_held: bool,
+}
+
+/// All mounts of this daemon.
+pub struct Mounts {
+    config: Config,
+    store: Store,
+    driver: Handle,
+    journal: Journal,
+    keeper: Result<KeeperState, String>,
+    boot: String,
+    started: Instant,
+    secrets: StdMutex<Secrets>,
+    /// Held through every change; a mount may hold it for seconds.
+    state: Mutex<State>,
+    /// What a status request reads; a copy, so that it never waits.
+    view: StdMutex<Vec<AttachmentRecord>>,
+    faults: StdMutex<HashMap<BlobId, String>>,
+}
+
+#[derive(Default)]
+struct State {
+    attachments: Vec<Attachment>,
+    /// Blobs that the data path knows.
+    known: HashSet<BlobId>,
+    /// Files that the journal has.
+    tracked: HashSet<(Mode, BlobId)>,
+    /// Blob files that raise events.
+    watched: HashSet<BlobId>,
+    /// fscache cookies that may be opened.
+    cookies: HashSet<String>,
+    /// Whether the cachefiles device is ours.
+    bound: bool,
+}
+
+/// One superblock.
+struct Attachment {
+    record: AttachmentRecord,
+    image: ImageRecord,
+    specs: Vec<BlobSpec>,
+}
+
+impl State {
+    fn uses(&self, blob: BlobId) -> bool {
+        self.attachments.iter().any(|attachment| attachment.has(blob))
+    }
+
+    /// Whether a superblock reads the file that `mode` uses for a blob.
+    fn uses_file(&self, mode: Mode, blob: BlobId) -> bool {
+        self.attachments.iter().any(|attachment| attachment.file_mode() == mode && attachment.has(blob))
+    }
+}
+
+impl Attachment {
+    fn has(&self, blob: BlobId) -> bool {
+        self.specs.iter().any(|spec| spec.id == blob)
+    }
+
+    fn file_mode(&self) -> Mode {
+        on_demand(self.record.mode).unwrap_or(Mode::Fanotify)
+    }
+}
+
+impl Mounts {
+    /// The state of a daemon that has no mounts yet; [`Self::restore`] brings back those of an earlier one.
+    pub fn new(parts: Parts) -> Arc<Self> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        Arc::new(Self {
+            config: parts.config,
+            store: parts.store,
+            driver: parts.driver,
+            journal: parts.journal,
+            keeper: parts.keeper,
+            boot: boot.trim().to_owned(),
+            started: Instant::now(),
+            secrets: StdMutex::new(parts.secrets),
+            state: Mutex::default(),
+            view: StdMutex::default(),
+            faults: StdMutex::default(),
+        })
+    }
+
+    /// Live mounts, by target.
+    pub fn list(&self) -> Vec<Mount> {
+        let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mounts: Vec<Mount> = view.iter().flat_map(|attachment| attachment.mounts.clone()).collect();
+        mounts.sort_by(|a, b| a.target.cmp(&b.target));
+        mounts
+    }
+
+    /// The whole state.
+    ///
+    /// # Errors
+    /// When the data path has stopped.
+    pub async fn status(&self) -> Result<StatusReport, Failure> {
+        let status = self.driver.status().await?;
+        let modes = self.modes(status.fscache).await?;
+        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let blobs = status.blobs.iter().map(|blob| {
+            let report = BlobReport {
+                id: blob.id.hex(),
+                device_bytes: blob.device_bytes,
+                referenced_bytes: blob.referenced_bytes,
+                ready_bytes: 0,
+                inflight_bytes: 0,
+                pending_reads: 0,
+                reads: 0,
+                watched: !blob.files.is_empty(),
+                fault: faults.get(&blob.id).cloned(),
+            };
+            blob.files.iter().fold(report, |sum, file| BlobReport {
+                ready_bytes: sum.ready_bytes.max(file.ready_bytes),
+                pending_reads: sum.pending_reads + file.pending_reads,
+                ..sum
+            })
+        });
+        let blobs: BTreeMap<String, BlobReport> = blobs.map(|blob| (blob.id.clone(), blob)).collect();
+        Ok(StatusReport {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            root: self.config.root.clone(),
+            modes,
+            keeper: KeeperReport {
+                socket: self.config.keeper_socket.clone(),
+                connected: status.fanotify,
+                inherited_files: self
+                    .keeper
+                    .as_ref()
+                    .map_or(0, |keeper| u64::try_from(keeper.files.len()).unwrap_or(u64::MAX)),
+            },
+            mounts: self.list(),
+            blobs: blobs.into_values().collect(),
+        })
+    }
+
+    /// Mounts an image; returns when the mount can be used.
+    ///
+    /// # Errors
+    /// [`Failure`]; nothing is left behind then.
+    pub async fn mount(&self, request: MountRequest) -> Result<Mount, Failure> {
+        let target = check_target(&request.target)?;
+        let login = request.credentials.clone();
+        let opened = self.open(&request).await?;
+        let mut state = self.state.lock().await;
+        self.sweep(&mut state).await;
+        if let Some(mount) = self.list().into_iter().find(|mount| mount.target == target) {
+            let message = format!("{} is already mounted on {}", mount.image, target.display());
+            return Err(
+                Failure::new(Kind::Conflict, message).remedy("unmount it first, or choose another directory")
+            );
+        }
+        if let Some(login) = login {
+            self.secrets.lock().unwrap_or_else(PoisonError::into_inner).put(&request.image, login)?;
+        }
+        let result = self.attach(&mut state, &opened, &request, &target).await;
+        if result.is_err() {
+            self.release_unused(&mut state).await;
+        }
+        self.publish(&state);
+        self.forget_secrets();
+        result
+    }
+
+    /// What the journal tells.
+    pub async fn on_notice(&self, notice: Notice) {
+        match notice {
+            Notice::Fault(blob, message) => {
+                tracing::warn!("{message}");
+                if let Some(blob) = blob {
+                    self.faults.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, message);
+                }
+            }
+            Notice::Complete(mode, blob) => self.on_complete(mode, blob).await,
+        }
+    }
+
+    /// Runs until dropped: releases what could not be released at once, notices mounts that others took down.
+    pub async fn sweep_forever(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(SWEEP).await;
+            let mut state = self.state.lock().await;
+            self.sweep(&mut state).await;
+        }
+    }
+
+    async fn modes(&self, bound: bool) -> Result<Vec<skimmer_client::ModeReport>, Failure> {
+        let config = self.config.clone();
+        let keeper = self.keeper.as_ref().map(|_| ()).map_err(Clone::clone);
+        Ok(tokio::task::spawn_blocking(move || {
+            modes::probe(&config, keeper.as_ref().copied().map_err(String::as_str), bound)
+        })
+        .await?)
+    }
+
+    /// Writes `mounts.json` and what status requests see.
+    fn save(&self, state: &State, clean: bool) -> Result<(), Failure> {
+        self.publish(state);
+        let attachments = state.attachments.iter().map(|attachment| attachment.record.clone()).collect();
+        Ok(self.store.save_mounts(&MountsRecord { boot: self.boot.clone(), clean, attachments })?)
+    }
+
+    fn publish(&self, state: &State) {
+        let view = state.attachments.iter().map(|attachment| attachment.record.clone()).collect();
+        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = view;
+    }
+
+    fn clear_fault(&self, blob: BlobId) {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).remove(&blob);
+    }
+
+    /// Forgets logins of images that are mounted no more.
+    fn forget_secrets(&self) {
+        let images: HashSet<String> = self.list().into_iter().map(|mount| mount.image).collect();
+        let mut secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = secrets.retain(|image| images.contains(image)) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+/// The target as the kernel will name it.
+fn check_target(target: &Path) -> Result<PathBuf, Failure> {
+    let bad = |kind, why: &str| {
+        Failure::new(kind, format!("target {}: {why}", target.display())).remedy("name an existing directory")
+    };
+    if !target.is_absolute() {
+        return Err(bad(Kind::BadRequest, "is not an absolute path"));
+    }
+    let real = target.canonicalize().map_err(|error| bad(Kind::NotFound, &error.to_string()))?;
+    if !real.is_dir() {
+        return Err(bad(Kind::BadRequest, "is not a directory"));
+    }
+    Ok(real)
+}
+
+/// The store's and data path's word for a mode that fetches on demand.
+fn on_demand(mode: AttachMode) -> Option<Mode> {
+    match mode {
+        AttachMode::Fscache => Some(Mode::Fscache),
+        AttachMode::Fanotify => Some(Mode::Fanotify),
+        AttachMode::Auto | AttachMode::Local => None,
+    }
+}

@@ -1,0 +1,376 @@
+//! Bringing one image up.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use erofs_format::Image;
+use skimmer_client::{AttachMode, Mount, MountRequest};
+
+use super::kernel::{Detached, Source};
+use super::open::Opened;
+use super::{Attachment, DOMAIN, Failure, Kind, Mounts, State, VOLUME, bdi, modes, on_demand, probe};
+use crate::blob::{BlobSpec, ReadyBits};
+use crate::frontend::{CookieRole, FscacheSetup, Mode};
+use crate::store::blobs::Claim;
+use crate::store::records::AttachmentRecord;
+
+/// How long the reason of a failed probe read may take to arrive.
+const FAULT_GRACE: Duration = Duration::from_millis(50);
+
+/// A superblock that nobody sees yet.
+struct Raised {
+    mount: Arc<Detached>,
+    device: String,
+    bdi: Option<String>,
+}
+
+impl Mounts {
+    /// Mounts an opened image on `target`.
+    pub(super) async fn attach(
+        &self,
+        state: &mut State,
+        opened: &Opened,
+        request: &MountRequest,
+        target: &Path,
+    ) -> Result<Mount, Failure> {
+        let wanted = match request.mode {
+            AttachMode::Auto => self.config.mount.mode,
+            mode => mode,
+        };
+        for spec in &opened.specs {
+            self.clear_fault(spec.id);
+        }
+        if let Some(index) = shareable(state, &opened.image.bootstrap, wanted) {
+            return self.attach_clone(state, index, opened, request, target).await;
+        }
+        let reports = self.modes(state.bound).await?;
+        let mode = modes::choose(wanted, &reports).map_err(|why| {
+            Failure::new(Kind::Unavailable, why).remedy("`skimmer doctor` explains what each mode needs")
+        })?;
+        let why = reports.iter().find(|report| report.mode == mode).map(|report| report.reason.clone());
+        let why = why.unwrap_or_default();
+        let (mode, reason) = match mode {
+            AttachMode::Fscache => (mode, self.prepare_fscache(state, opened).await.map(|()| why)?),
+            _ => self.prepare_files(state, opened, mode, why).await?,
+        };
+        let name = self.store.put_bootstrap(&opened.bootstrap)?;
+        let raised = self.raise(opened, mode, &name).await?;
+        if mode == AttachMode::Fanotify {
+            self.prove(state, opened, &raised).await?;
+        }
+        self.set_read_ahead(&raised);
+
+        let mount = self.describe(opened, request, target, mode, reason);
+        self.save_image(opened)?;
+        state.attachments.push(Attachment {
+            record: AttachmentRecord {
+                bootstrap: name,
+                mode,
+                device: raised.device.clone(),
+                bdi: raised.bdi.clone(),
+                mounts: vec![mount.clone()],
+            },
+            image: opened.image.clone(),
+            specs: opened.specs.clone(),
+        });
+        // Recorded before it is shown: a reader must never meet a mount that a restarted daemon would not know.
+        let shown = match self.save(state, false) {
+            Ok(()) => show(raised.mount, target).await,
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = shown {
+            state.attachments.pop();
+            self.save(state, false)?;
+            return Err(failure);
+        }
+        Ok(mount)
+    }
+
+    /// A further mount of an image that is mounted.
+    async fn attach_clone(
+        &self,
+        state: &mut State,
+        index: usize,
+        opened: &Opened,
+        request: &MountRequest,
+        target: &Path,
+    ) -> Result<Mount, Failure> {
+        let first = &state.attachments[index].record;
+        let (mode, from) = (first.mode, first.mounts[0].target.clone());
+        let reason = format!("shares the mount of the same image on {}", from.display());
+        // The name in this request may be another source of the same blobs.
+        for spec in &opened.specs {
+            self.driver.add_blob(spec.clone(), ReadyBits::new(), vec![Arc::clone(&opened.source)]).await?;
+        }
+        let clone = tokio::task::spawn_blocking(move || Detached::clone_of(&from)).await??;
+        let mount = self.describe(opened, request, target, mode, reason);
+        let attachment = &mut state.attachments[index];
+        for source in &opened.image.sources {
+            if !attachment.image.sources.contains(source) {
+                attachment.image.sources.push(source.clone());
+            }
+        }
+        self.store.save_image(&attachment.image)?;
+        attachment.record.mounts.push(mount.clone());
+        let shown = match self.save(state, false) {
+            Ok(()) => show(Arc::new(clone), target).await,
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = shown {
+            state.attachments[index].record.mounts.pop();
+            self.save(state, false)?;
+            return Err(failure);
+        }
+        Ok(mount)
+    }
+
+    /// fanotify and local: blob files, their records, their watches. Gives the mode that will run and why.
+    async fn prepare_files(
+        &self,
+        state: &mut State,
+        opened: &Opened,
+        wanted: AttachMode,
+        why: String,
+    ) -> Result<(AttachMode, String), Failure> {
+        let mut missing = 0_u64;
+        for spec in &opened.specs {
+            self.claim(state, spec)?;
+            let ready = self.add_file_blob(state, spec, vec![Arc::clone(&opened.source)]).await?;
+            missing += spec.referenced_bytes() - spec.ready_bytes(&ready);
+            if spec.is_complete(&ready) || wanted == AttachMode::Local {
+                continue;
+            }
+            // Opened before the mark; a writer opened later would wait for its own answer.
+            let writer = self.store.open_blob(spec.id, spec.device_bytes)?;
+            self.driver.watch(spec.id, writer.into()).await?;
+            state.watched.insert(spec.id);
+        }
+        match (wanted, missing) {
+            (_, 0) => Ok((AttachMode::Local, "every chunk is in the cache: no event is needed".into())),
+            (AttachMode::Local, _) => {
+                let message = format!("attach mode local: {missing} bytes of the image are not in the cache");
+                Err(Failure::new(Kind::Conflict, message).remedy("mount it with mode auto"))
+            }
+            _ => Ok((AttachMode::Fanotify, why)),
+        }
+    }
+
+    /// Makes the data path know a blob and what its sparse file holds.
+    pub(super) async fn add_file_blob(
+        &self,
+        state: &mut State,
+        spec: &BlobSpec,
+        sources: Vec<Arc<dyn skimmer_fetcher::source::Source>>,
+    ) -> Result<ReadyBits, Failure> {
+        let key = (Mode::Fanotify, spec.id);
+        if !state.tracked.contains(&key) {
+            let data = self.store.open_blob(spec.id, spec.device_bytes)?;
+            let tracked = self.store.open_record(Mode::Fanotify, spec.id, data)?;
+            self.journal.track(Mode::Fanotify, tracked).await;
+            state.tracked.insert(key);
+        }
+        let ready = self.journal.recorded(Mode::Fanotify, spec.id).await.unwrap_or_default();
+        self.driver.add_blob(spec.clone(), ready.clone(), sources).await?;
+        state.known.insert(spec.id);
+        Ok(ready)
+    }
+
+    /// fscache: cache files in place before the mount, cookies that may be opened.
+    async fn prepare_fscache(&self, state: &mut State, opened: &Opened) -> Result<(), Failure> {
+        let name = self.store.put_bootstrap(&opened.bootstrap)?;
+        if !state.bound {
+            let setup = FscacheSetup {
+                dir: self.store.fscache_dir(),
+                tag: self.config.fscache.tag.clone(),
+                device: None,
+            };
+            self.driver.bind_fscache(setup).await?;
+            state.bound = true;
+        }
+        self.store.prefill_bootstrap(&name, &opened.bootstrap)?;
+        self.expect_bootstrap(state, &name, opened.bootstrap.len()).await?;
+        for spec in &opened.specs {
+            self.claim(state, spec)?;
+            self.add_cached_blob(state, spec, vec![Arc::clone(&opened.source)]).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets the kernel open a bootstrap.
+    pub(super) async fn expect_bootstrap(
+        &self,
+        state: &mut State,
+        name: &str,
+        length: usize,
+    ) -> Result<(), Failure> {
+        let size = u64::try_from(length).unwrap_or(u64::MAX);
+        let role = CookieRole::Bootstrap { size, path: self.store.bootstrap_path(name) };
+        self.driver.expect_cookie(VOLUME, name, role).await?;
+        state.cookies.insert(name.to_owned());
+        Ok(())
+    }
+
+    /// Makes the data path know a blob and its cache file, which is made when it is not there.
+    pub(super) async fn add_cached_blob(
+        &self,
+        state: &mut State,
+        spec: &BlobSpec,
+        sources: Vec<Arc<dyn skimmer_fetcher::source::Source>>,
+    ) -> Result<(), Failure> {
+        let key = (Mode::Fscache, spec.id);
+        if !state.tracked.contains(&key) {
+            let data = self.store.precreate_cache_file(&spec.id.hex(), spec.device_bytes)?;
+            let tracked = self.store.open_record(Mode::Fscache, spec.id, data)?;
+            self.journal.track(Mode::Fscache, tracked).await;
+            state.tracked.insert(key);
+        }
+        // What the sparse file of fanotify mounts holds stays known to the data path, if it was.
+        let ready = self.journal.recorded(Mode::Fanotify, spec.id).await.unwrap_or_default();
+        self.driver.add_blob(spec.clone(), ready, sources).await?;
+        state.known.insert(spec.id);
+        self.driver.expect_cookie(VOLUME, spec.id.hex(), CookieRole::Blob(spec.id)).await?;
+        state.cookies.insert(spec.id.hex());
+        Ok(())
+    }
+
+    /// Makes sure that what the blob's files hold may be used for this image.
+    fn claim(&self, state: &State, spec: &BlobSpec) -> Result<(), Failure> {
+        let Claim::Conflicts(how) = self.store.claim(spec)? else { return Ok(()) };
+        if state.uses(spec.id) || state.known.contains(&spec.id) {
+            let message = format!("the image contradicts a mounted image about a blob that both use: {how}");
+            return Err(Failure::new(Kind::Conflict, message)
+                .remedy("one of the two was tampered with: verify both with `skimmer check`"));
+        }
+        tracing::warn!(blob = %spec.id, "{how}: what an earlier image put into the cache is dropped");
+        self.store.reset_blob(spec.id)?;
+        match self.store.claim(spec)? {
+            Claim::Agrees => Ok(()),
+            Claim::Conflicts(how) => Err(Failure::new(Kind::Internal, how)),
+        }
+    }
+
+    /// The mount system calls, on a thread of their own: an fscache mount waits for the data path.
+    async fn raise(&self, opened: &Opened, mode: AttachMode, name: &str) -> Result<Raised, Failure> {
+        let source = if on_demand(mode) == Some(Mode::Fscache) {
+            Source::Fscache { fsid: name.to_owned(), domain: DOMAIN.to_owned() }
+        } else {
+            let devices = opened.specs.iter().map(|spec| self.store.blob_path(spec.id)).collect();
+            Source::Files { bootstrap: self.store.bootstrap_path(name), devices }
+        };
+        tokio::task::spawn_blocking(move || {
+            let before = bdi::list();
+            let mount = Detached::mount(&source)?;
+            let bdi = bdi::added(before.as_ref(), bdi::list().as_ref());
+            let device = mount.device()?;
+            Ok(Raised { mount: Arc::new(mount), device, bdi })
+        })
+        .await?
+    }
+
+    /// Reads through the new mount what is not cached yet, one chunk per watched blob, all at once.
+    async fn prove(&self, state: &State, opened: &Opened, raised: &Raised) -> Result<(), Failure> {
+        let mut recorded = Vec::new();
+        for spec in opened.specs.iter().filter(|spec| state.watched.contains(&spec.id)) {
+            let ready = self.journal.recorded(Mode::Fanotify, spec.id).await.unwrap_or_default();
+            recorded.push((spec, ready));
+        }
+        let watched: Vec<_> = recorded.iter().map(|(spec, ready)| (*spec, ready)).collect();
+        let damaged = |error: erofs_format::FormatError| Failure::new(Kind::BadImage, error.to_string());
+        let image = Image::parse(&opened.bootstrap).map_err(damaged)?;
+        let probes = probe::choose(&image, &watched).map_err(damaged)?;
+        let limit = self.config.mount.probe_timeout();
+        let mut reads = tokio::task::JoinSet::new();
+        for probe in probes {
+            let mount = Arc::clone(&raised.mount);
+            reads.spawn_blocking(move || probe::read(&mount, &probe));
+        }
+        let all = async {
+            while let Some(read) = reads.join_next().await {
+                read.map_err(|error| error.to_string())??;
+            }
+            Ok(())
+        };
+        let result = tokio::time::timeout(limit, all).await.unwrap_or_else(|_| {
+            Err(format!("a read through the new mount got no answer within {} s", limit.as_secs()))
+        });
+        match result {
+            Ok(()) => Ok(()),
+            Err(why) => {
+                // The data path's own words come by another way, right behind the failed read.
+                tokio::time::sleep(FAULT_GRACE).await;
+                Err(self.unproven(why, opened))
+            }
+        }
+    }
+
+    fn unproven(&self, why: String, opened: &Opened) -> Failure {
+        let faults = self.faults.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let fault = opened.specs.iter().find_map(|spec| faults.get(&spec.id));
+        let message = match fault {
+            Some(fault) => format!("{why}: {fault}"),
+            None => why,
+        };
+        Failure::new(Kind::Source, message)
+            .remedy("nothing was mounted; check that the image's source can be reached, then try again")
+    }
+
+    fn set_read_ahead(&self, raised: &Raised) {
+        let kib = self.config.mount.read_ahead_kib;
+        let Some(name) = raised.bdi.as_ref().filter(|_| kib > 0) else { return };
+        if let Err(error) = bdi::set_read_ahead(name, kib) {
+            tracing::info!("readahead of {name} stays as it is: {error}");
+        }
+    }
+
+    fn describe(
+        &self,
+        opened: &Opened,
+        request: &MountRequest,
+        target: &Path,
+        mode: AttachMode,
+        reason: String,
+    ) -> Mount {
+        let manifest = opened.image.sources.first().map(|source| source.manifest.clone());
+        Mount {
+            target: target.into(),
+            image: request.image.clone(),
+            manifest: manifest.unwrap_or_default(),
+            mode,
+            reason,
+            bootstrap: opened.image.bootstrap.clone(),
+            blobs: opened.specs.iter().map(|spec| spec.id.hex()).collect(),
+            mounted_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        }
+    }
+
+    /// Writes the image's record, keeping the sources of an earlier one.
+    fn save_image(&self, opened: &Opened) -> Result<(), Failure> {
+        let mut image = opened.image.clone();
+        if let Ok(Some(earlier)) = self.store.load_image(&image.bootstrap) {
+            for source in earlier.sources {
+                if !image.sources.contains(&source) {
+                    image.sources.push(source);
+                }
+            }
+        }
+        Ok(self.store.save_image(&image)?)
+    }
+}
+
+/// The attachment that a mount of this image in this mode can share.
+fn shareable(state: &State, bootstrap: &str, wanted: AttachMode) -> Option<usize> {
+    state.attachments.iter().position(|attachment| {
+        let record = &attachment.record;
+        let fits = wanted == AttachMode::Auto
+            || wanted == record.mode
+            || (wanted == AttachMode::Fanotify && record.mode == AttachMode::Local);
+        record.bootstrap == bootstrap && fits && !record.mounts.is_empty()
+    })
+}
+
+/// Moves a mount to its target.
+async fn show(mount: Arc<Detached>, target: &Path) -> Result<(), Failure> {
+    let target = target.to_owned();
+    Ok(tokio::task::spawn_blocking(move || mount.attach(&target)).await??)
+}

@@ -1,0 +1,171 @@
+//! From an image's name to what is needed to mount it. Everything here comes from outside and is checked.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use erofs_format::Image;
+use skimmer_client::{Credentials, MountRequest};
+use skimmer_fetcher::archive::Archive;
+use skimmer_fetcher::credentials::Secret;
+use skimmer_fetcher::http::{HttpOptions, Timeouts};
+use skimmer_fetcher::image::OpenOptions;
+use skimmer_fetcher::layout::Layout;
+use skimmer_fetcher::reference::Reference;
+use skimmer_fetcher::registry::{Registry, RegistryOptions};
+use skimmer_fetcher::source::Source;
+
+use super::{Failure, Kind, Mounts};
+use crate::blob::{BlobId, BlobSpec};
+use crate::store::bootstraps;
+use crate::store::records::{BlobRecord, ImageRecord, SourceRecord};
+
+/// An image that was resolved, fetched as far as it has to be, and checked.
+pub struct Opened {
+    /// What is recorded of it.
+    pub image: ImageRecord,
+    /// The whole bootstrap.
+    pub bootstrap: Vec<u8>,
+    /// Its blobs in device order.
+    pub specs: Vec<BlobSpec>,
+    /// Where the blobs come from.
+    pub source: Arc<dyn Source>,
+}
+
+/// The blobs of a bootstrap, in device order. `stored` gives the size of a blob at its source.
+///
+/// # Errors
+/// When the bootstrap breaks a rule, or names a blob that is not there.
+pub fn specs(bootstrap: &[u8], stored: &HashMap<BlobId, u64>) -> Result<Vec<BlobSpec>, Failure> {
+    let bad = |message: String| {
+        Failure::new(Kind::BadImage, message)
+            .remedy("convert the image again, and check it with `skimmer check`")
+    };
+    let image = Image::parse(bootstrap).map_err(|error| bad(format!("the bootstrap is damaged: {error}")))?;
+    image.check().map_err(|error| bad(format!("the bootstrap is damaged: {error}")))?;
+    let mut specs: Vec<BlobSpec> = Vec::new();
+    for (slot, blob) in image.blobs().iter().enumerate() {
+        let id = BlobId::new(blob.id.0);
+        if specs.iter().any(|spec| spec.id == id) {
+            return Err(bad(format!("the bootstrap names blob {id} twice")));
+        }
+        let stored = stored.get(&id).copied();
+        let stored =
+            stored.ok_or_else(|| bad(format!("the image needs blob {id}, which is not among its layers")))?;
+        let chunks = image
+            .chunk_map(slot)
+            .map_err(|error| bad(format!("the bootstrap is damaged: blob {id}: {error}")))?;
+        let device_bytes = u64::from(blob.blocks)
+            .checked_mul(crate::blob::BLOCK)
+            .ok_or_else(|| bad(format!("the bootstrap is damaged: blob {id} is too large")))?;
+        let spec = BlobSpec::new(id, device_bytes, stored, &chunks, blob.compressor, blob.digest)
+            .map_err(|error| bad(format!("the bootstrap is damaged: {error}")))?;
+        specs.push(spec);
+    }
+    Ok(specs)
+}
+
+impl Mounts {
+    /// Resolves the image of a request.
+    pub(super) async fn open(&self, request: &MountRequest) -> Result<Opened, Failure> {
+        let reference = parse(&request.image)?;
+        let registry = self.registry_options(
+            &reference,
+            request.credentials.as_ref(),
+            &request.insecure,
+            request.ca.as_deref(),
+        );
+        let options =
+            OpenOptions { registry, max_bootstrap: bootstraps::MAX_BYTES, ..OpenOptions::default() };
+        let limit = self.config.mount.open_timeout();
+        let failed = |message: String| Failure::new(Kind::Source, message);
+        let remote = tokio::time::timeout(limit, skimmer_fetcher::image::open(&reference, &options))
+            .await
+            .map_err(|_| failed(format!("{}: did not answer within {} s", request.image, limit.as_secs())))?
+            .map_err(|error| failed(error.to_string()))?;
+        let stored: HashMap<BlobId, u64> =
+            remote.blobs.iter().map(|blob| (BlobId::new(*blob.digest.as_bytes()), blob.size)).collect();
+        let bootstrap = remote.bootstrap;
+        let (specs, bootstrap) =
+            tokio::task::spawn_blocking(move || specs(&bootstrap, &stored).map(|specs| (specs, bootstrap)))
+                .await?
+                .map_err(|failure| Failure {
+                    message: format!("{}: {}", request.image, failure.message),
+                    ..failure
+                })?;
+        let image = ImageRecord {
+            bootstrap: bootstraps::name(&bootstrap),
+            sources: vec![SourceRecord {
+                image: request.image.clone(),
+                manifest: remote.manifest_digest.to_string(),
+                insecure: request.insecure.clone(),
+                ca: request.ca.clone(),
+            }],
+            blobs: specs
+                .iter()
+                .map(|spec| BlobRecord { id: spec.id.hex(), stored_bytes: spec.stored_bytes })
+                .collect(),
+        };
+        Ok(Opened { image, bootstrap, specs, source: remote.source })
+    }
+
+    /// The source of an image that is mounted already, without asking it anything: it may be down just now.
+    pub(super) fn source_of(
+        &self,
+        record: &SourceRecord,
+        login: Option<&Credentials>,
+    ) -> Result<Arc<dyn Source>, Failure> {
+        let failed =
+            |why: &dyn std::fmt::Display| Failure::new(Kind::Source, format!("{}: {why}", record.image));
+        let reference = parse(&record.image)?;
+        let options = self.registry_options(&reference, login, &record.insecure, record.ca.as_deref());
+        Ok(match reference {
+            Reference::Registry(name) => {
+                Arc::new(Registry::new(&name, &options).map_err(|error| failed(&error))?)
+            }
+            Reference::Layout { dir, .. } => Arc::new(Layout::open(dir).map_err(|error| failed(&error))?),
+            Reference::Archive { file, .. } => Arc::new(Archive::open(file).map_err(|error| failed(&error))?),
+            Reference::Tree(_) => return Err(failed(&"is a plain directory")),
+        })
+    }
+
+    fn registry_options(
+        &self,
+        reference: &Reference,
+        login: Option<&Credentials>,
+        insecure: &[String],
+        ca: Option<&Path>,
+    ) -> RegistryOptions {
+        let config = &self.config.registry;
+        let mut options = RegistryOptions {
+            http: HttpOptions {
+                timeouts: Timeouts::on_demand(),
+                insecure: config.insecure.iter().chain(insecure).cloned().collect(),
+                https: Vec::new(),
+                extra_ca: config.ca.iter().map(PathBuf::as_path).chain(ca).map(Path::to_owned).collect(),
+            },
+            ..RegistryOptions::default()
+        };
+        if let (Some(login), Reference::Registry(name)) = (login, reference) {
+            let password = Secret::new(&login.password);
+            options.credentials = options.credentials.with_password(name.host(), &login.username, password);
+        }
+        options
+    }
+}
+
+/// Reads an image's name. Paths must be absolute, because the daemon's working directory is not the caller's.
+fn parse(name: &str) -> Result<Reference, Failure> {
+    let bad = |message: String| Failure::new(Kind::BadRequest, message);
+    let reference = Reference::parse_source(name).map_err(|error| bad(error.to_string()))?;
+    match &reference {
+        Reference::Tree(dir) => Err(bad(format!("{} is a plain directory, not an image", dir.display()))
+            .remedy("pack it first: skimmer convert DIR IMAGE")),
+        Reference::Layout { dir: path, .. } | Reference::Archive { file: path, .. }
+            if !path.is_absolute() =>
+        {
+            Err(bad(format!("image `{name}`: {} is not an absolute path", path.display())))
+        }
+        _ => Ok(reference),
+    }
+}

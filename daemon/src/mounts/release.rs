@@ -1,0 +1,222 @@
+//! Taking mounts down, and letting go of what they needed once nobody can read through them any more.
+
+use std::path::Path;
+
+use rustix::io::Errno;
+use skimmer_client::{AttachMode, Mount, ShutdownReport};
+
+use super::{Failure, Kind, Mounts, State, VOLUME, bdi, kernel, mountinfo};
+use crate::blob::BlobId;
+use crate::driver::DriverError;
+use crate::frontend::Mode;
+
+impl Mounts {
+    /// Unmounts what is mounted on `target`.
+    ///
+    /// # Errors
+    /// [`Failure`]: nothing of ours is there, or it is busy.
+    pub async fn umount(&self, target: &Path, detach: bool) -> Result<Mount, Failure> {
+        // Not canonicalized through the mount itself when it does not answer: a plain comparison may do.
+        let real = target.canonicalize().unwrap_or_else(|_| target.into());
+        let mut state = self.state.lock().await;
+        self.sweep(&mut state).await;
+        let (index, place) = find(&state, &real).ok_or_else(|| {
+            Failure::new(Kind::NotFound, format!("no image is mounted on {}", target.display()))
+                .remedy("`skimmer status` lists the mounts")
+        })?;
+        let mount = self.umount_one(&mut state, index, place, detach).await?;
+        self.release(&mut state).await?;
+        Ok(mount)
+    }
+
+    /// Before the end: with `umount`, takes down every mount and stops the keeper too. Without it mounts and keeper
+    /// stay: what is cached the kernel serves alone, other reads wait for the next daemon.
+    ///
+    /// # Errors
+    /// [`Failure`] when a mount is busy; those before it are down then.
+    pub async fn take_down(&self, umount: bool) -> Result<ShutdownReport, Failure> {
+        let mut report = ShutdownReport::default();
+        let mut state = self.state.lock().await;
+        if umount {
+            self.sweep(&mut state).await;
+            while let Some(index) = state.attachments.iter().position(|a| !a.record.mounts.is_empty()) {
+                let place = state.attachments[index].record.mounts.len() - 1;
+                let mount = self.umount_one(&mut state, index, place, false).await?;
+                report.unmounted.push(mount.target);
+            }
+            self.release(&mut state).await?;
+            let idle = state.attachments.is_empty() && state.known.is_empty() && state.watched.is_empty();
+            report.keeper_stopped = idle && self.keeper.is_ok();
+        }
+        report.remaining = self.list().into_iter().map(|mount| mount.target).collect();
+        Ok(report)
+    }
+
+    /// Writes down that everything is on record. Call it when data path and journal have ended.
+    ///
+    /// # Errors
+    /// [`Failure`] when `mounts.json` cannot be written.
+    pub async fn finish(&self) -> Result<(), Failure> {
+        let state = self.state.lock().await;
+        self.save(&state, true)
+    }
+
+    async fn umount_one(
+        &self,
+        state: &mut State,
+        index: usize,
+        place: usize,
+        detach: bool,
+    ) -> Result<Mount, Failure> {
+        let record = &state.attachments[index].record;
+        let mount = record.mounts[place].clone();
+        let target = mount.target.clone();
+        let done = tokio::task::spawn_blocking(move || kernel::umount(&target, detach)).await?;
+        let failed = |errno: Errno| {
+            Failure::new(Kind::Conflict, format!("cannot unmount {}: {errno}", mount.target.display()))
+        };
+        match done {
+            Ok(()) => {}
+            Err(Errno::BUSY) => {
+                return Err(failed(Errno::BUSY)
+                    .remedy("files on it are open, or it is a working directory: end those, or detach it"));
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+        state.attachments[index].record.mounts.remove(place);
+        self.save(state, false)?;
+        Ok(mount)
+    }
+
+    /// Takes note of mounts that others took down, then releases what nothing needs.
+    pub(super) async fn sweep(&self, state: &mut State) {
+        if let Ok(present) = mountinfo::erofs_mounts() {
+            let mut changed = false;
+            for attachment in &mut state.attachments {
+                let record = &mut attachment.record;
+                let before = record.mounts.len();
+                record.mounts.retain(|mount| mountinfo::contains(&present, &record.device, &mount.target));
+                changed |= record.mounts.len() != before;
+            }
+            if changed && let Err(failure) = self.save(state, false) {
+                tracing::error!("{failure}");
+            }
+        }
+        if let Err(failure) = self.release(state).await {
+            tracing::error!("{failure}");
+        }
+    }
+
+    /// Drops superblocks that are gone, then what only they needed.
+    pub(super) async fn release(&self, state: &mut State) -> Result<(), Failure> {
+        let before = state.attachments.len();
+        let present = mountinfo::erofs_mounts().unwrap_or_default();
+        let mut gone: Vec<String> = Vec::new();
+        state.attachments.retain(|attachment| {
+            let record = &attachment.record;
+            let alive = !record.mounts.is_empty()
+                || match &record.bdi {
+                    Some(name) => bdi::is_alive(name),
+                    None => present.iter().any(|entry| entry.device == record.device),
+                };
+            if !alive {
+                gone.push(record.bootstrap.clone());
+            }
+            alive
+        });
+        if state.attachments.len() != before {
+            self.save(state, false)?;
+            for bootstrap in gone {
+                if !state.attachments.iter().any(|a| a.record.bootstrap == bootstrap) {
+                    self.store.remove_image(&bootstrap)?;
+                }
+            }
+            self.forget_secrets();
+        }
+        self.release_unused(state).await;
+        Ok(())
+    }
+
+    /// Lets go of cookies, marks and blobs that no superblock uses. What is busy stays for the next time.
+    pub(super) async fn release_unused(&self, state: &mut State) {
+        let cookies: Vec<String> =
+            state.cookies.iter().filter(|cookie| !is_wanted(state, cookie)).cloned().collect();
+        for cookie in cookies {
+            if self.driver.forget_cookie(VOLUME, cookie.clone()).await.is_ok() {
+                state.cookies.remove(&cookie);
+            }
+        }
+        // The journal's descriptors go first: the keeper removes a mark only when it holds the last one.
+        let files: Vec<(Mode, BlobId)> = state.tracked.iter().copied().collect();
+        for (mode, blob) in
+            files.into_iter().filter(|(mode, blob)| !state.uses_file(*mode, *blob)).collect::<Vec<_>>()
+        {
+            self.journal.untrack(mode, blob).await;
+            state.tracked.remove(&(mode, blob));
+        }
+        let marks: Vec<BlobId> = state.watched.iter().copied().collect();
+        for blob in marks {
+            if !state.uses_file(Mode::Fanotify, blob) && later(blob, self.driver.unwatch(blob).await) {
+                state.watched.remove(&blob);
+            }
+        }
+        let blobs: Vec<BlobId> = state.known.iter().copied().collect();
+        for blob in blobs {
+            let free = !state.uses(blob) && !state.watched.contains(&blob);
+            if free && later(blob, self.driver.remove_blob(blob).await) {
+                state.known.remove(&blob);
+            }
+        }
+    }
+
+    /// A file is complete: when that holds for all images over it, the kernel need not ask any more.
+    pub(super) async fn on_complete(&self, mode: Mode, blob: BlobId) {
+        if mode != Mode::Fanotify {
+            return;
+        }
+        let mut state = self.state.lock().await;
+        if !state.watched.contains(&blob) {
+            return;
+        }
+        let Some(ready) = self.journal.recorded(mode, blob).await else { return };
+        let mut specs = state.attachments.iter().flat_map(|attachment| &attachment.specs);
+        if specs.any(|spec| spec.id == blob && !spec.is_complete(&ready)) {
+            return;
+        }
+        match self.driver.unwatch(blob).await {
+            Ok(()) => {
+                state.watched.remove(&blob);
+                tracing::info!(%blob, "complete: the kernel reads it without us from now on");
+            }
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+}
+
+/// Whether a release is done; what is still in use is tried again with the next sweep.
+fn later(blob: BlobId, result: Result<(), DriverError>) -> bool {
+    match result {
+        Ok(()) | Err(DriverError::UnknownBlob(_)) => true,
+        Err(DriverError::Busy { .. }) => {
+            tracing::debug!(%blob, "still in use; released later");
+            false
+        }
+        Err(error) => {
+            tracing::warn!("{error}");
+            false
+        }
+    }
+}
+
+fn find(state: &State, target: &Path) -> Option<(usize, usize)> {
+    state.attachments.iter().enumerate().find_map(|(index, attachment)| {
+        let place = attachment.record.mounts.iter().rposition(|mount| mount.target == *target)?;
+        Some((index, place))
+    })
+}
+
+fn is_wanted(state: &State, cookie: &str) -> bool {
+    state.attachments.iter().filter(|a| a.record.mode == AttachMode::Fscache).any(|attachment| {
+        attachment.record.bootstrap == cookie || attachment.specs.iter().any(|spec| spec.id.hex() == cookie)
+    })
+}

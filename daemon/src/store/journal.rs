@@ -1,0 +1,288 @@
+//! The journal: turns "written" into "durable and recorded".
+//!
+//! Chunks that the data path wrote are collected per blob file; a commit makes the file durable and only then sets
+//! their bits in its ready map. A thread of its own does it, because a sync may take seconds.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc as tokio_mpsc, oneshot};
+
+use super::ready;
+use crate::blob::{BlobId, ReadyBits};
+use crate::driver::ReadySink;
+use crate::frontend::Mode;
+
+/// How long written chunks wait for others to be recorded with.
+const BATCH: Duration = Duration::from_millis(500);
+
+/// The two things a commit does to a disk. A trait, so that a test can stop between them.
+pub trait Disk: Send {
+    /// An open file.
+    type File: Send;
+    /// Makes the data of a file durable.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn sync(&mut self, file: &Self::File) -> io::Result<()>;
+    /// Writes all of `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn write_at(&mut self, file: &Self::File, bytes: &[u8], offset: u64) -> io::Result<()>;
+}
+
+/// The real disk.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemDisk;
+
+impl Disk for SystemDisk {
+    type File = File;
+
+    fn sync(&mut self, file: &File) -> io::Result<()> {
+        file.sync_data()
+    }
+
+    fn write_at(&mut self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        file.write_all_at(bytes, offset)
+    }
+}
+
+/// A blob file, its ready map, and what of it is not recorded yet.
+pub struct Tracked<F> {
+    /// The blob.
+    pub blob: BlobId,
+    /// The blob file, for syncing only.
+    pub data: F,
+    /// Its ready map, with a header.
+    pub map: F,
+    /// What the map says.
+    pub recorded: ReadyBits,
+    /// Written, not recorded.
+    pending: BTreeSet<u32>,
+    /// The first failure; nothing is recorded after it. A failed sync may have lost data that a later one, which
+    /// succeeds, does not bring back.
+    broken: Option<String>,
+}
+
+impl<F> Tracked<F> {
+    /// A file whose map says `recorded`.
+    pub fn new(blob: BlobId, data: F, map: F, recorded: ReadyBits) -> Self {
+        Self { blob, data, map, recorded, pending: BTreeSet::new(), broken: None }
+    }
+
+    /// Chunks that were written and lie in the file, or will after its next sync.
+    pub fn wrote(&mut self, chunks: &[u32]) {
+        if self.broken.is_none() {
+            self.pending.extend(chunks.iter().copied().filter(|chunk| !self.recorded.contains(*chunk)));
+        }
+    }
+
+    /// Makes the pending chunks durable, then records them.
+    ///
+    /// # Errors
+    /// The failure that broke this file's record, now or earlier.
+    pub fn commit<D: Disk<File = F>>(&mut self, disk: &mut D) -> Result<(), String> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.clone());
+        }
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        self.try_commit(disk).map_err(|error| {
+            let what = format!("blob {}: chunks on disk cannot be recorded: {error}", self.blob);
+            self.broken = Some(what.clone());
+            self.pending.clear();
+            what
+        })
+    }
+
+    fn try_commit<D: Disk<File = F>>(&mut self, disk: &mut D) -> io::Result<()> {
+        disk.sync(&self.data)?;
+        let mut bits = self.recorded.clone();
+        for chunk in &self.pending {
+            bits.insert(*chunk);
+        }
+        for sector in ready::sectors_of(self.pending.iter().copied()) {
+            disk.write_at(&self.map, &ready::sector(self.blob, sector, &bits), ready::offset_of(sector))?;
+        }
+        disk.sync(&self.map)?;
+        self.recorded = bits;
+        self.pending.clear();
+        Ok(())
+    }
+}
+
+/// What the journal tells the rest of the daemon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// Every chunk of the file that images refer to is durable and recorded.
+    Complete(Mode, BlobId),
+    /// Something a person should know.
+    Fault(Option<BlobId>, String),
+}
+
+enum Message {
+    Track(Mode, Box<Tracked<File>>, oneshot::Sender<()>),
+    Untrack(Mode, BlobId, oneshot::Sender<()>),
+    Ready(Mode, BlobId, Vec<u32>),
+    Complete(Mode, BlobId),
+    Recorded(Mode, BlobId, oneshot::Sender<Option<ReadyBits>>),
+    Flush(oneshot::Sender<()>),
+    Stop,
+}
+
+/// The way to the journal thread; also the data path's [`ReadySink`].
+#[derive(Clone)]
+pub struct Journal {
+    messages: mpsc::Sender<Message>,
+    faults: tokio_mpsc::UnboundedSender<Notice>,
+    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+impl Journal {
+    /// Starts the thread. Notices come out of the receiver.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start() -> io::Result<(Self, tokio_mpsc::UnboundedReceiver<Notice>)> {
+        let (messages, inbox) = mpsc::channel();
+        let (notices, outbox) = tokio_mpsc::unbounded_channel();
+        let faults = notices.clone();
+        let thread = std::thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || Worker { files: HashMap::new(), disk: SystemDisk, notices }.run(&inbox))?;
+        Ok((Self { messages, faults, thread: Arc::new(Mutex::new(Some(thread))) }, outbox))
+    }
+
+    /// Takes over a file's record. Call it before the data path may write the file. A file that is tracked already
+    /// stays as it is.
+    pub async fn track(&self, mode: Mode, file: Tracked<File>) {
+        self.ask(|reply| Message::Track(mode, Box::new(file), reply)).await;
+    }
+
+    /// Records what is pending and lets go of the file.
+    pub async fn untrack(&self, mode: Mode, blob: BlobId) {
+        self.ask(|reply| Message::Untrack(mode, blob, reply)).await;
+    }
+
+    /// What is recorded of a file that is tracked.
+    pub async fn recorded(&self, mode: Mode, blob: BlobId) -> Option<ReadyBits> {
+        self.ask(|reply| Message::Recorded(mode, blob, reply)).await.flatten()
+    }
+
+    /// Records everything that is pending.
+    pub async fn flush(&self) {
+        self.ask(Message::Flush).await;
+    }
+
+    /// Records everything that is pending and ends the thread. Later calls do nothing.
+    pub fn stop(&self) {
+        let _ = self.messages.send(Message::Stop);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!("the journal thread panicked");
+        }
+    }
+
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.messages.send(message(reply)).ok()?;
+        answer.await.ok()
+    }
+}
+
+impl ReadySink for Journal {
+    fn ready(&self, mode: Mode, blob: BlobId, chunks: &[u32]) {
+        let _ = self.messages.send(Message::Ready(mode, blob, chunks.to_vec()));
+    }
+
+    fn complete(&self, mode: Mode, blob: BlobId) {
+        let _ = self.messages.send(Message::Complete(mode, blob));
+    }
+
+    fn fault(&self, blob: Option<BlobId>, message: &str) {
+        let _ = self.faults.send(Notice::Fault(blob, message.into()));
+    }
+}
+
+struct Worker {
+    files: HashMap<(Mode, BlobId), Tracked<File>>,
+    disk: SystemDisk,
+    notices: tokio_mpsc::UnboundedSender<Notice>,
+}
+
+impl Worker {
+    fn run(mut self, inbox: &mpsc::Receiver<Message>) {
+        let mut commit_at: Option<Instant> = None;
+        loop {
+            let message = match commit_at {
+                None => inbox.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
+                Some(at) => inbox.recv_timeout(at.saturating_duration_since(Instant::now())),
+            };
+            match message {
+                Ok(Message::Ready(mode, blob, chunks)) => {
+                    if let Some(file) = self.files.get_mut(&(mode, blob)) {
+                        file.wrote(&chunks);
+                        commit_at.get_or_insert_with(|| Instant::now() + BATCH);
+                    }
+                }
+                Ok(Message::Complete(mode, blob)) => {
+                    // A file without a record is never complete: its watch must stay.
+                    if self.files.contains_key(&(mode, blob)) && self.commit(mode, blob) {
+                        let _ = self.notices.send(Notice::Complete(mode, blob));
+                    }
+                }
+                Ok(Message::Track(mode, file, reply)) => {
+                    self.files.entry((mode, file.blob)).or_insert(*file);
+                    let _ = reply.send(());
+                }
+                Ok(Message::Untrack(mode, blob, reply)) => {
+                    self.commit(mode, blob);
+                    self.files.remove(&(mode, blob));
+                    let _ = reply.send(());
+                }
+                Ok(Message::Recorded(mode, blob, reply)) => {
+                    let _ = reply.send(self.files.get(&(mode, blob)).map(|file| file.recorded.clone()));
+                }
+                Ok(Message::Flush(reply)) => {
+                    self.commit_all();
+                    commit_at = None;
+                    let _ = reply.send(());
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.commit_all();
+                    commit_at = None;
+                }
+                Ok(Message::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return self.commit_all(),
+            }
+        }
+    }
+
+    fn commit_all(&mut self) {
+        for (mode, blob) in self.files.keys().copied().collect::<Vec<_>>() {
+            self.commit(mode, blob);
+        }
+    }
+
+    fn commit(&mut self, mode: Mode, blob: BlobId) -> bool {
+        let Some(file) = self.files.get_mut(&(mode, blob)) else { return true };
+        let was_broken = file.broken.is_some();
+        match file.commit(&mut self.disk) {
+            Ok(()) => true,
+            Err(what) => {
+                if !was_broken {
+                    let _ = self.notices.send(Notice::Fault(Some(blob), what));
+                }
+                false
+            }
+        }
+    }
+}
