@@ -1,4 +1,4 @@
-//! skimmer-agent: the guest's first process and its agent, and the lister of trees.
+//! skimmer-agent: the guest's first process and its agent, and what tests need on either machine.
 #![forbid(unsafe_code)]
 
 use std::io::{BufWriter, Write};
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use kernel_tests::{agent, tree};
+use kernel_tests::{agent, skimmer, tree};
 
 /// The test guest's agent.
 #[derive(Parser)]
@@ -27,6 +27,13 @@ enum Action {
         /// The root of the tree
         directory: PathBuf,
     },
+    /// Print what an HTTP server behind a unix socket answers
+    Http {
+        /// The socket
+        socket: PathBuf,
+        /// The path of the request
+        path: String,
+    },
 }
 
 fn main() -> Result<()> {
@@ -41,6 +48,10 @@ fn main() -> Result<()> {
                 Ok(())
             })?;
             out.flush()?;
+            Ok(())
+        }
+        Action::Http { socket, path } => {
+            std::io::stdout().write_all(&skimmer::http_get(&socket, &path)?)?;
             Ok(())
         }
     }

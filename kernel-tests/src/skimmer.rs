@@ -1,1 +1,277 @@
-//! To come.
+//! Our programs at work: one node's daemon, keeper and mounts, on any machine.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::machine::{Machine, Running};
+use crate::tree::Entry;
+
+/// For commands that talk to a process beside them.
+const SHORT: Duration = Duration::from_secs(60);
+/// For commands that read or fetch everything, under emulation.
+const LONG: Duration = Duration::from_secs(300);
+/// The programs that a node needs besides the agent.
+pub const PROGRAMS: [&str; 3] = ["skimmer", "skimmerd", "skimmer-keeper"];
+
+/// Finds our programs in `SKIMMER_BIN_DIR`, else where cargo puts them beside the running test.
+///
+/// # Errors
+/// One is missing: the message gives the command that builds them.
+pub fn programs() -> Result<Vec<PathBuf>> {
+    let directory = match std::env::var_os("SKIMMER_BIN_DIR") {
+        Some(directory) => PathBuf::from(directory),
+        // target/debug/deps/test-0123 -> target/debug
+        None => {
+            let test = std::env::current_exe()?;
+            test.ancestors().nth(2).context("the test has no target directory")?.to_owned()
+        }
+    };
+    let find = |name: &&str| {
+        let path = directory.join(name);
+        ensure!(
+            path.is_file(),
+            "{} is missing: cargo build -p skimmer-cli -p skimmer-daemon -p skimmer-keeper",
+            path.display()
+        );
+        Ok(path)
+    };
+    PROGRAMS.iter().map(find).collect()
+}
+
+/// One node: a daemon with its own sockets and cache.
+pub struct Node<'a> {
+    machine: &'a Machine,
+    /// Where the programs are, on that machine.
+    programs: String,
+    agent: String,
+    directory: String,
+    mounts: Vec<String>,
+}
+
+impl<'a> Node<'a> {
+    /// Prepares a node whose sockets and configuration lie in `directory` and its cache in `root`; nothing runs yet.
+    ///
+    /// # Errors
+    /// The configuration cannot be written.
+    pub fn new(
+        machine: &'a Machine,
+        programs: &str,
+        agent: &str,
+        directory: &str,
+        root: &str,
+    ) -> Result<Self> {
+        let configuration = format!(
+            "root = {root:?}\nsocket = \"{directory}/skimmerd.sock\"\nkeeper_socket = \"{directory}/keeper.sock\"\n"
+        );
+        machine.put(&format!("{directory}/skimmerd.toml"), 0o644, configuration.as_bytes())?;
+        Ok(Node {
+            machine,
+            programs: programs.to_owned(),
+            agent: agent.to_owned(),
+            directory: directory.to_owned(),
+            mounts: Vec::new(),
+        })
+    }
+
+    /// Mounts `image` at `target` (made when absent), which starts the daemon when none runs.
+    ///
+    /// # Errors
+    /// The mount fails: the message holds what skimmer said.
+    pub fn mount(&mut self, image: &str, target: &str, mode: &str) -> Result<()> {
+        self.machine.check(&["mkdir", "-p", target], SHORT)?;
+        let configuration = format!("{}/skimmerd.toml", self.directory);
+        self.skimmer(&["mount", image, target, "--mode", mode, "--config", &configuration])?;
+        self.mounts.push(target.to_owned());
+        Ok(())
+    }
+
+    /// Takes a mount away.
+    ///
+    /// # Errors
+    /// It fails: the message holds what skimmer said.
+    pub fn umount(&mut self, target: &str) -> Result<()> {
+        self.skimmer(&["umount", target])?;
+        self.mounts.retain(|mount| mount != target);
+        Ok(())
+    }
+
+    /// What `skimmer status --json` says.
+    ///
+    /// # Errors
+    /// No daemon answers, or it is not JSON.
+    pub fn status(&self) -> Result<Value> {
+        Ok(serde_json::from_slice(&self.skimmer(&["status", "--json"])?)?)
+    }
+
+    /// The daemon's metrics: series with labels to value.
+    ///
+    /// # Errors
+    /// No daemon answers, or a line makes no sense.
+    pub fn metrics(&self) -> Result<BTreeMap<String, f64>> {
+        let socket = self.socket();
+        let text = self.machine.check(&[&self.agent, "http", &socket, "/metrics"], SHORT)?;
+        let text = String::from_utf8(text)?;
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines
+            .map(|line| {
+                let (series, value) = line.rsplit_once(' ').context("no value")?;
+                Ok((series.to_owned(), value.parse()?))
+            })
+            .collect::<Result<_>>()
+            .with_context(|| format!("metrics: {text}"))
+    }
+
+    /// The sum of all series of the counter `name`.
+    ///
+    /// # Errors
+    /// As [`Node::metrics`], and when there is no such counter.
+    pub fn counter(&self, name: &str) -> Result<f64> {
+        let metrics = self.metrics()?;
+        let mut matching =
+            metrics.iter().filter(|(series, _)| series.split('{').next() == Some(name)).peekable();
+        ensure!(matching.peek().is_some(), "no counter {name} in {metrics:?}");
+        Ok(matching.map(|(_, value)| value).sum())
+    }
+
+    /// Starts a daemon by itself, as a service manager would, and waits until it answers.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start_daemon(&self) -> Result<()> {
+        let line = format!(
+            "exec setsid {}/skimmerd --config {d}/skimmerd.toml >> {d}/skimmerd.log 2>&1 &",
+            self.programs,
+            d = self.directory
+        );
+        self.machine.check(&["sh", "-c", &line], SHORT)?;
+        let deadline = Instant::now() + SHORT;
+        loop {
+            match self.status() {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() >= deadline => {
+                    return Err(error).with_context(|| format!("skimmerd does not come up: {}", self.log()));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
+    /// Kills the daemon without warning and waits until it is no more.
+    ///
+    /// # Errors
+    /// It is not there, or does not go.
+    pub fn kill_daemon(&self) -> Result<()> {
+        let pid = self.status()?["pid"].as_u64().context("status holds no pid")?.to_string();
+        self.machine.check(&["sh", "-c", &format!("kill -KILL {pid}")], SHORT)?;
+        let state = format!("/proc/{pid}/stat");
+        let deadline = Instant::now() + SHORT;
+        loop {
+            let stat = self.machine.run(&["cat", &state], SHORT)?;
+            let text = String::from_utf8_lossy(&stat.stdout).into_owned();
+            // Gone, or dead and not yet reaped.
+            let dead = text.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']));
+            if !stat.success() || dead {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "skimmerd {pid} survives SIGKILL: {text}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        ensure!(self.status().is_err(), "another daemon answers after SIGKILL of {pid}");
+        Ok(())
+    }
+
+    /// Lists a tree on the node's machine.
+    ///
+    /// # Errors
+    /// Something in it cannot be read.
+    pub fn list(&self, directory: &str) -> Result<Vec<Entry>> {
+        let lines = self.machine.check(&[&self.agent, "treelist", directory], LONG)?;
+        let lines = String::from_utf8(lines)?;
+        lines.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// Forgets everything that the kernel keeps in memory of files.
+    ///
+    /// # Errors
+    /// Not allowed.
+    pub fn drop_caches(&self) -> Result<()> {
+        self.machine.check(&["sh", "-c", "sync; echo 3 > /proc/sys/vm/drop_caches"], LONG).map(drop)
+    }
+
+    /// Starts reading `blocks` blocks of 64 KiB of a file from block `from`; the output is the bytes.
+    ///
+    /// # Errors
+    /// The guest is gone.
+    pub fn read(&self, file: &str, from: usize, blocks: usize) -> Result<Running<'a>> {
+        let (input, skip, count) = (format!("if={file}"), format!("skip={from}"), format!("count={blocks}"));
+        self.machine.start(&["dd", &input, "bs=65536", &skip, &count], LONG)
+    }
+
+    /// The daemon's own words, for a failure's message.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let pattern = format!("tail -n 50 {d}/*.log", d = self.directory);
+        let output = self.machine.run(&["sh", "-c", &pattern], SHORT);
+        output.map_or_else(|error| error.to_string(), |output| output.describe())
+    }
+
+    fn socket(&self) -> String {
+        format!("{}/skimmerd.sock", self.directory)
+    }
+
+    fn skimmer(&self, arguments: &[&str]) -> Result<Vec<u8>> {
+        let (program, socket) = (format!("{}/skimmer", self.programs), self.socket());
+        let argv: Vec<&str> = [&[program.as_str()], arguments, &["--socket", &socket]].concat();
+        self.machine.check(&argv, LONG)
+    }
+}
+
+impl Drop for Node<'_> {
+    /// Unmounts and ends the daemon, as far as they are there.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("skimmerd: {}", self.log());
+            if self.status().is_err() {
+                // Without a daemon nothing could be unmounted in good order.
+                let _ = self.start_daemon();
+            }
+        }
+        for target in std::mem::take(&mut self.mounts) {
+            if let Err(error) = self.skimmer(&["umount", &target]) {
+                eprintln!("{error:#}");
+                let _ = self.machine.run(&["umount", "-l", &target], SHORT);
+            }
+        }
+        if let Ok(status) = self.status()
+            && let Some(pid) = status["pid"].as_u64()
+        {
+            let _ = self.machine.run(&["sh", "-c", &format!("kill -TERM {pid}")], SHORT);
+        }
+    }
+}
+
+/// The body of an answer from an HTTP server behind a unix socket.
+///
+/// # Errors
+/// Nothing listens there, or the answer is not a success.
+pub fn http_get(socket: &Path, path: &str) -> Result<Vec<u8>> {
+    use std::io::{Read, Write};
+    // HTTP/1.0: no chunks, and the end of the connection is the end of the body.
+    let mut stream = std::os::unix::net::UnixStream::connect(socket)
+        .with_context(|| format!("cannot connect to {}", socket.display()))?;
+    stream.set_read_timeout(Some(SHORT))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let end =
+        answer.windows(4).position(|window| window == b"\r\n\r\n").context("the answer has no header")?;
+    let header = String::from_utf8_lossy(&answer[..end]).into_owned();
+    if header.split(' ').nth(1) != Some("200") {
+        bail!("{path}: {header}");
+    }
+    Ok(answer.split_off(end + 4))
+}

@@ -14,7 +14,7 @@ use skimmer_vm_images::protocol::{self, Bytes, Reply};
 
 /// The commands that have not ended.
 #[derive(Default)]
-pub(super) struct Jobs {
+pub(crate) struct Jobs {
     running: Mutex<HashMap<u64, Pid>>,
 }
 
@@ -22,7 +22,7 @@ impl Jobs {
     /// Runs a command to its end or its timeout.
     ///
     /// Its output goes to files, not pipes: a daemon that it leaves behind may keep them open for ever.
-    pub(super) fn run(&self, id: u64, command: &protocol::Command) -> Result<Reply> {
+    pub(crate) fn run(&self, id: u64, command: &protocol::Command) -> Result<Reply> {
         let (program, arguments) = command.argv.split_first().context("an empty command")?;
         let mut stdin = tempfile::tempfile()?;
         stdin.write_all(&command.stdin.0)?;
@@ -58,7 +58,7 @@ impl Jobs {
     }
 
     /// Sends a signal to a command that has not ended.
-    pub(super) fn signal(&self, id: u64, signal: i32) -> Result<()> {
+    pub(crate) fn signal(&self, id: u64, signal: i32) -> Result<()> {
         let signal = Signal::from_named_raw(signal).with_context(|| format!("no signal {signal}"))?;
         // Held while signalling, so that the process is not reaped in between.
         let running = self.running();

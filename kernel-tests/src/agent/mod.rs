@@ -6,4 +6,5 @@ mod jobs;
 mod serve;
 
 pub use init::init;
+pub(crate) use jobs::Jobs;
 pub use serve::serve;

@@ -1,0 +1,159 @@
+//! The story that both attach modes must live through, from an OCI image to reads that no daemon sees.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use skimmer_vm_images::run;
+
+use crate::fixture::{self, LATE_FILE, LATE_SIZE};
+use crate::registry::{PACKAGE, Registry};
+use crate::skimmer::{Node, programs};
+use crate::tree::{Entry, compare, list, report};
+
+/// Debian packages that the story needs on the host.
+pub const PACKAGES: [&str; 4] = [PACKAGE, "umoci", "tar", "e2fsprogs"];
+/// What [`Node::read`] reads at a time, in bytes.
+const BLOCK: usize = 65_536;
+
+/// Images in a registry, and what they must look like.
+pub struct Stage {
+    /// Where they are.
+    pub registry: Registry,
+    /// The hard image.
+    hard: String,
+    /// Images of one large file.
+    late: String,
+    /// The hard image as another implementation unpacks it.
+    oracle: Vec<Entry>,
+}
+
+impl Stage {
+    /// Makes the images in `scratch`, converts them with our `skimmer` and pushes them.
+    ///
+    /// # Errors
+    /// Something fails: the message says what.
+    pub fn set(scratch: &Path) -> Result<Self> {
+        let hard = scratch.join("hard");
+        fixture::hard_image(&hard)?;
+        let unpacked = fixture::unpack(&hard, "gzip", &scratch.join("bundle"))?;
+        let oracle = list(&unpacked)?;
+        let late = scratch.join("late");
+        fixture::late_image(&late, 0)?;
+        let registry = Registry::start(&scratch.join("registry"))?;
+        let stage = Stage {
+            hard: registry.reference("test/hard:v1"),
+            late: registry.reference("test/late:v1"),
+            registry,
+            oracle,
+        };
+        stage.publish(
+            &format!("oci:{}:mixed", hard.display()),
+            &stage.hard,
+            &scratch.join("hard-skimmer"),
+        )?;
+        stage.publish(&format!("oci:{}:late", late.display()), &stage.late, &scratch.join("late-skimmer"))?;
+        Ok(stage)
+    }
+
+    fn publish(&self, source: &str, reference: &str, converted: &Path) -> Result<()> {
+        let skimmer: PathBuf = programs()?.swap_remove(0);
+        run(std::process::Command::new(&skimmer).args(["convert", source]).arg(converted))?;
+        run(std::process::Command::new(&skimmer).arg("push").arg(converted).arg(reference))?;
+        Ok(())
+    }
+}
+
+/// Plays the story on a node. `directory` is a place for mount points on its machine.
+///
+/// # Errors
+/// Anything that is not as it must be.
+pub fn play(stage: &mut Stage, node: &mut Node<'_>, directory: &str, mode: &str) -> Result<()> {
+    let (hard, late) = (format!("{directory}/hard"), format!("{directory}/late"));
+
+    step("the mounted image equals the unpacked one");
+    node.mount(&stage.hard, &hard, mode)?;
+    equal(&stage.oracle, &node.list(&hard)?, "first read")?;
+
+    step("a second full read causes no request at all");
+    wait_until_unwatched(node)?;
+    let asked = node.counter("skimmer_kernel_requests_total")?;
+    ensure!(asked > 0.0, "the first read caused no request: was the image fetched on demand?");
+    let served = stage.registry.requests()?.len();
+    node.drop_caches()?;
+    equal(&stage.oracle, &node.list(&hard)?, "second read")?;
+    let asked_again = node.counter("skimmer_kernel_requests_total")? - asked;
+    ensure!(asked_again == 0.0, "the second read caused {asked_again} requests to the daemon");
+    let requests = stage.registry.requests()?;
+    ensure!(requests.len() == served, "the second read reached the registry: {:?}", &requests[served..]);
+
+    step("cached data is served with the daemon killed");
+    node.kill_daemon()?;
+    node.drop_caches()?;
+    equal(&stage.oracle, &node.list(&hard)?, "read without a daemon")?;
+
+    step("a read of what is not cached waits for the next daemon");
+    node.mount(&stage.late, &late, mode)?;
+    let file = format!("{late}/{LATE_FILE}");
+    let content = fixture::content(fixture::late_seed(0), LATE_SIZE);
+    let expect = |bytes: &[u8], block: usize, blocks: usize, what: &str| {
+        let expected = &content[block * BLOCK..(block + blocks) * BLOCK];
+        ensure!(bytes.len() == expected.len(), "{what}: {} bytes of {}", bytes.len(), expected.len());
+        let wrong = bytes.iter().zip(expected).position(|(a, b)| a != b);
+        ensure!(wrong.is_none(), "{what}: byte {wrong:?} is wrong");
+        Ok(())
+    };
+    let output = node.read(&file, 3, 1)?.wait()?;
+    expect(&output.stdout, 3, 1, "a read with the daemon alive")?;
+    node.kill_daemon()?;
+    let far = LATE_SIZE / BLOCK - 100;
+    let mut waiting = node.read(&file, far, 4)?;
+    ensure!(
+        waiting.still_runs_after(Duration::from_secs(2)),
+        "a read of what is not cached ended without a daemon: {}",
+        waiting.wait()?.describe()
+    );
+    node.start_daemon()?;
+    let output = waiting.wait()?;
+    ensure!(output.success(), "the waiting read failed: {}", output.describe());
+    expect(&output.stdout, far, 4, "the read that waited")?;
+
+    step("the daemon that came back serves everything");
+    let output = node.read(&file, 0, LATE_SIZE / BLOCK)?.wait()?;
+    expect(&output.stdout, 0, LATE_SIZE / BLOCK, "the whole file")?;
+    node.drop_caches()?;
+    equal(&stage.oracle, &node.list(&hard)?, "the first image, after the daemon's return")?;
+
+    step("both mounts go away");
+    node.umount(&late)?;
+    node.umount(&hard)?;
+    ensure!(node.list(&hard)?.len() == 1, "something is still mounted on {hard}");
+    let mounts = node.status()?["mounts"].as_array().map(Vec::len);
+    ensure!(mounts == Some(0), "the daemon still knows of mounts: {mounts:?}");
+    Ok(())
+}
+
+fn step(what: &str) {
+    eprintln!("  {what}");
+}
+
+fn equal(expected: &[Entry], found: &[Entry], what: &str) -> Result<()> {
+    let differences = compare(expected, found);
+    ensure!(differences.is_empty(), "{what}: {} differences:\n{}", differences.len(), report(&differences));
+    Ok(())
+}
+
+/// A complete blob loses its mark as soon as its data is durable; reads raise events until then.
+fn wait_until_unwatched(node: &Node<'_>) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let status = node.status()?;
+        let blobs = status["blobs"].as_array().context("status lists no blobs")?;
+        ensure!(!blobs.is_empty(), "the daemon knows of no blob: {status}");
+        if blobs.iter().all(|blob| blob["watched"] == false) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "after a full read blobs are still watched: {status}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
