@@ -1,12 +1,12 @@
 //! RAFS v6 (EROFS) on-disk structures and their checked navigation.
 //!
 //! One module per on-disk structure, each with raw little-endian structs whose sizes and offsets are asserted at
-//! compile time. The writer (`mkfs`) fills them, [`Image`] reads them out of untrusted bytes, [`dump`](dump::dump)
+//! compile time. The writer (`mkfs`) fills them, [`Image`] reads them out of untrusted bytes, [`dump()`]
 //! names every byte of a bootstrap.
 //!
 //! Nothing here does I/O, and nothing here computes digests: whoever reads the bytes has checked their digest.
 //! Every number is checked before it is used, and no input makes this crate panic, loop, or allocate more than a
-//! small multiple of the input's own length (see [`Image::check`], [`dump`](dump::dump)).
+//! small multiple of the input's own length (see [`Image::check`], [`dump()`]).
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -45,6 +45,7 @@ pub mod xattr;
 mod bytes;
 
 pub use blob_table::{BlobFeatures, BlobId, Compressor, DigestAlgo};
+pub use dump::{Dump, dump};
 pub use error::{FormatError, Problem, Result, Thing};
 pub use image::{Blob, Chunk, ChunkInfo, DirEntry, Image, Inode, Summary, Xattr};
 pub use kind::FileKind;

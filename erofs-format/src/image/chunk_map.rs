@@ -102,7 +102,7 @@ impl<'a> Image<'a> {
         self.chunk_table.get(usize::try_from(*self.chunk_order.get(at)?).ok()?)
     }
 
-    /// Whether an image refers to this blob, by its digest.
+    /// The blob with this digest, if the image has it.
     pub fn blob_by_id(&self, id: &BlobId) -> Option<&Blob> {
         self.blobs.iter().find(|blob| blob.id == *id)
     }
