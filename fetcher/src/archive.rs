@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::digest::Digest;
 use crate::layout::{Layout, LayoutError};
-use crate::local::file_body;
+use crate::local::{file_body, off_thread};
 use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, check_range};
 
 /// Why an archive cannot be read or written.
@@ -233,7 +233,7 @@ impl Source for Archive {
 
     async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
         check_range(&self.name, blob, &range)?;
-        let error = |class, detail: String| SourceError::new(class, &self.name, detail).reading(blob, range.clone());
+        let error = |class, detail: String| SourceError::new(class, self.name.as_str(), detail).reading(blob, range.clone());
         let Some(place) = self.blobs.get(&blob.digest) else {
             return Err(error(ErrorClass::NotFound, "the blob is not in the archive".to_owned()));
         };
@@ -242,7 +242,7 @@ impl Source for Archive {
             return Err(error(ErrorClass::Corrupt, format!("{size} bytes, its descriptor says {}", blob.size)));
         }
         let path = self.path.clone();
-        let file = tokio::task::spawn_blocking(move || File::open(path)).await.map_err(io::Error::other).flatten();
+        let file = off_thread(move || File::open(path)).await;
         let file = file.map_err(|failed| error(ErrorClass::Io, failed.to_string()))?;
         Ok(file_body(&self.name, file, place.start, blob, range))
     }

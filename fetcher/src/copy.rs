@@ -7,18 +7,18 @@
 use std::collections::HashSet;
 use std::io::Write as _;
 use std::sync::Arc;
-use std::time::Duration;
 
-use backon::BackoffBuilder as _;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use crate::archive::{Archive, ArchiveError};
 use crate::digest::Digest;
 use crate::image::{ImageError, Place};
 use crate::layout::{Layout, LayoutError};
+use crate::local::off_thread as run;
 use crate::oci::{self, Descriptor, Document, DocumentError, Flavour, ImageManifest, Platform, RawManifest};
 use crate::reference::{Reference, RegistryRef};
 use crate::registry::{Registry, RegistryOptions, SentFn};
+use crate::retry::Backoff;
 use crate::source::{BlobRef, ErrorClass, Source, SourceError};
 
 /// Which images of an index are copied.
@@ -178,17 +178,6 @@ async fn scratch() -> Result<(tempfile::TempDir, Layout), CopyError> {
     .await
 }
 
-/// Runs file work off the async threads.
-async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(error) => panic!("a file task ended early: {error}"),
-        },
-    }
-}
-
 /// All that belongs to an image: documents in the order in which they may be stored, and blobs.
 struct Contents {
     top: RawManifest,
@@ -316,14 +305,14 @@ async fn pull_blob(
     let layout = to.clone();
     let mut writer = Some(run(move || layout.blob_writer()).await?);
     let mut at = 0;
-    let mut backoff = Backoff::new(options);
+    let mut backoff = Backoff::new(options.attempts);
     while at < blob.size {
         // An interrupted transfer goes on where it stopped.
         let before = at;
         let result = pull_range(source, to, &blob, &mut at, &mut writer, options).await;
         if let Err(CopyError::Source(error)) = result {
             if at > before {
-                backoff = Backoff::new(options);
+                backoff = Backoff::new(options.attempts);
             }
             backoff.wait(error).await?;
         } else {
@@ -415,40 +404,11 @@ async fn push_blob(
     Ok(Some(blob.size))
 }
 
-/// Waits between attempts: exponential with jitter, and never less than the server asked for.
-struct Backoff(backon::ExponentialBackoff);
-
-impl Backoff {
-    fn new(options: &CopyOptions) -> Self {
-        Self(
-            backon::ExponentialBuilder::default()
-                .with_min_delay(Duration::from_millis(50))
-                .with_max_delay(Duration::from_secs(30))
-                .with_max_times(options.attempts.saturating_sub(1))
-                .with_jitter()
-                .build(),
-        )
-    }
-
-    /// Waits before the next attempt, or gives the error back when there is none to make.
-    async fn wait(&mut self, error: SourceError) -> Result<(), SourceError> {
-        match self.0.next().filter(|_| error.may_pass()) {
-            Some(delay) => {
-                let delay = delay.max(error.retry_after.unwrap_or_default());
-                tracing::info!("{error}; next attempt in {} ms", delay.as_millis());
-                tokio::time::sleep(delay).await;
-                Ok(())
-            }
-            None => Err(error),
-        }
-    }
-}
-
 async fn retry<T, F>(options: &CopyOptions, mut attempt: impl FnMut() -> F) -> Result<T, CopyError>
 where
     F: Future<Output = Result<T, CopyError>>,
 {
-    let mut backoff = Backoff::new(options);
+    let mut backoff = Backoff::new(options.attempts);
     loop {
         match attempt().await {
             Err(CopyError::Source(error) | CopyError::Image(ImageError::Source { error, .. })) => {

@@ -371,7 +371,7 @@ async fn run(path: &Path, server: &str) -> Result<Option<Credential>, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use crate::archive::{Archive, ArchiveError};
 use crate::digest::{Digest, Hasher};
 use crate::layout::{Layout, LayoutError};
-use crate::local::blocking;
+use crate::local::off_thread as run;
 use crate::oci::{
     self, BOOTSTRAP_PATH, Descriptor, Document, DocumentError, Flavour, ImageManifest, MAX_CONFIG, Platform,
     RawManifest,
 };
 use crate::reference::Reference;
 use crate::registry::{Registry, RegistryOptions};
+use crate::retry::Backoff;
 use crate::source::{BlobRef, Source, SourceError};
 
 /// How to open an image.
@@ -25,11 +26,13 @@ pub struct OpenOptions {
     pub platform: Platform,
     /// Largest bootstrap that is read, and largest bootstrap layer, in bytes.
     pub max_bootstrap: u64,
+    /// Attempts in all, when a failure may pass.
+    pub attempts: usize,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { registry: RegistryOptions::default(), platform: Platform::host(), max_bootstrap: 1 << 30 }
+        Self { registry: RegistryOptions::default(), platform: Platform::host(), max_bootstrap: 1 << 30, attempts: 5 }
     }
 }
 
@@ -227,7 +230,7 @@ impl Place {
         // An index may name an index; deeper nesting has no use.
         for _ in 0..3 {
             match raw.parse().map_err(document)? {
-                Document::Manifest(manifest) => return Ok((raw, manifest)),
+                Document::Manifest(manifest) => return Ok((raw, *manifest)),
                 Document::Index(index) => {
                     let chosen = oci::choose(&index, platform, flavour).map_err(document)?;
                     raw = self.child(&image, chosen).await?;
@@ -243,21 +246,22 @@ impl Place {
     }
 }
 
-/// Runs file work off the async threads.
-async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(error) => panic!("a file task ended early: {error}"),
-        },
-    }
-}
-
 /// Opens a converted image: resolves its manifest, reads its config and bootstrap, and checks each against
 /// its digest.
 pub async fn open(reference: &Reference, options: &OpenOptions) -> Result<Remote, ImageError> {
     let place = Place::open(reference, &options.registry).await?;
+    let mut backoff = Backoff::new(options.attempts);
+    loop {
+        match open_at(&place, reference, options).await {
+            Err(ImageError::Source { image, error }) => {
+                backoff.wait(error).await.map_err(|error| ImageError::Source { image, error })?;
+            }
+            other => return other,
+        }
+    }
+}
+
+async fn open_at(place: &Place, reference: &Reference, options: &OpenOptions) -> Result<Remote, ImageError> {
     let (raw, manifest) = place.manifest(reference, &options.platform, Flavour::PreferConverted).await?;
     let source = place.source();
     let image = Image { name: reference.to_string(), source: Arc::clone(&source) };
@@ -396,15 +400,11 @@ impl Image {
         let mut hasher = Hasher::new();
         while let Some(piece) = body.next().await {
             let piece = piece.map_err(|error| self.failed(error))?;
-            let name = self.source.name();
-            (file, hasher) = blocking(name, move || {
+            let written = run(move || {
                 hasher.update(&piece);
-                let written = file.write_all(&piece);
-                Ok((written.map(|()| file), hasher))
-            })
-            .await
-            .map_err(|error| self.failed(error))
-            .and_then(|(file, hasher)| Ok((file.map_err(local)?, hasher)))?;
+                file.write_all(&piece).map(|()| (file, hasher))
+            });
+            (file, hasher) = written.await.map_err(local)?;
         }
         let got = hasher.finish();
         if got != blob.digest {

@@ -21,7 +21,10 @@ mod local;
 pub mod oci;
 pub mod reference;
 pub mod registry;
+mod retry;
 pub mod source;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use digest::Digest;
 pub use reference::Reference;

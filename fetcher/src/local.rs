@@ -25,7 +25,7 @@ pub(crate) fn file_body(source: &str, file: File, base: u64, blob: &BlobRef, ran
                 return Ok(None);
             }
             let length = (end - start).min(PIECE);
-            let read = tokio::task::spawn_blocking(move || {
+            let read = off_thread(move || {
                 let mut bytes = vec![0; usize::try_from(length).map_err(std::io::Error::other)?];
                 let offset = base.checked_add(start).ok_or_else(|| std::io::Error::other("offset overflows"))?;
                 file.read_exact_at(&mut bytes, offset)?;
@@ -34,24 +34,23 @@ pub(crate) fn file_body(source: &str, file: File, base: u64, blob: &BlobRef, ran
             let failed = |error: std::io::Error| {
                 SourceError::new(ErrorClass::Io, name, format!("read at byte {start}: {error}"))
             };
-            match read.await {
-                Ok(Ok(bytes)) => Ok(Some((bytes, start + length))),
-                Ok(Err(error)) => Err(failed(error)),
-                Err(error) => Err(failed(std::io::Error::other(error))),
-            }
+            let bytes = read.await.map_err(failed)?;
+            Ok(Some((bytes, start + length)))
         }
     });
     let pieces: BoxStream<'static, Result<Bytes, SourceError>> = pieces.boxed();
     Body::new(source, blob, range, None, pieces)
 }
 
-pub(crate) async fn blocking<T: Send + 'static>(
-    source: &str,
-    work: impl FnOnce() -> Result<T, SourceError> + Send + 'static,
-) -> Result<T, SourceError> {
+/// Runs file work off the async threads.
+pub(crate) async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(error) => Err(SourceError::new(ErrorClass::Io, source, format!("a local task ended early: {error}"))),
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only at the end of the runtime, which ends this task too.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 
@@ -76,7 +75,7 @@ impl Source for Layout {
     async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
         check_range(self.label(), blob, &range)?;
         let (layout, wanted) = (self.clone(), *blob);
-        let file = blocking(self.label(), move || {
+        let file = off_thread(move || {
             layout.open_blob(&wanted).map_err(|error| layout.source_error(&error))
         })
         .await
@@ -86,6 +85,6 @@ impl Source for Layout {
 
     async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError> {
         let (layout, wanted) = (self.clone(), *blob);
-        blocking(self.label(), move || layout.has_blob(&wanted).map_err(|error| layout.source_error(&error))).await
+        off_thread(move || layout.has_blob(&wanted).map_err(|error| layout.source_error(&error))).await
     }
 }

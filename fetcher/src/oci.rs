@@ -82,9 +82,9 @@ pub struct RawManifest {
 #[derive(Clone, Debug)]
 pub enum Document {
     /// One image.
-    Manifest(ImageManifest),
+    Manifest(Box<ImageManifest>),
     /// A choice of images.
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
 }
 
 impl RawManifest {
@@ -105,10 +105,10 @@ impl RawManifest {
         let json = |error| DocumentError::Json { digest: self.digest, error };
         match self.media_type.as_str() {
             MEDIA_TYPE_MANIFEST | MEDIA_TYPE_DOCKER_MANIFEST => {
-                ImageManifest::from_reader(&self.bytes[..]).map(Document::Manifest).map_err(json)
+                ImageManifest::from_reader(&self.bytes[..]).map(|manifest| Document::Manifest(Box::new(manifest))).map_err(json)
             }
             MEDIA_TYPE_INDEX | MEDIA_TYPE_DOCKER_INDEX => {
-                ImageIndex::from_reader(&self.bytes[..]).map(Document::Index).map_err(json)
+                ImageIndex::from_reader(&self.bytes[..]).map(|index| Document::Index(Box::new(index))).map_err(json)
             }
             other => Err(DocumentError::MediaType {
                 digest: self.digest,

@@ -75,33 +75,32 @@ pub struct SourceError {
     /// How long the server asked us to stay away (`Retry-After`, clamped to ten minutes).
     pub retry_after: Option<Duration>,
     /// The source's name.
-    pub source: String,
-    /// The blob that was read, when there was one.
-    pub blob: Option<Digest>,
-    /// The range that was read, in bytes of the stored blob.
-    pub range: Option<Range<u64>>,
+    pub source: Box<str>,
+    /// What was read, when it was a blob.
+    pub reading: Option<Box<Reading>>,
     /// What went wrong. Holds no credential, token or query string.
-    pub detail: String,
+    pub detail: Box<str>,
+}
+
+/// What a failed read was to give.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// The blob.
+    pub blob: Digest,
+    /// Bytes of the stored blob.
+    pub range: Range<u64>,
 }
 
 impl SourceError {
     /// An error of `class` at the source named `source`.
-    pub fn new(class: ErrorClass, source: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self {
-            class,
-            retry_after: None,
-            source: source.into(),
-            blob: None,
-            range: None,
-            detail: detail.into(),
-        }
+    pub fn new(class: ErrorClass, source: impl Into<Box<str>>, detail: impl Into<Box<str>>) -> Self {
+        Self { class, retry_after: None, source: source.into(), reading: None, detail: detail.into() }
     }
 
     /// Adds what was being read.
     #[must_use]
     pub fn reading(mut self, blob: &BlobRef, range: Range<u64>) -> Self {
-        self.blob = Some(blob.digest);
-        self.range = Some(range);
+        self.reading = Some(Box::new(Reading { blob: blob.digest, range }));
         self
     }
 
@@ -121,12 +120,9 @@ impl SourceError {
 impl fmt::Display for SourceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.source)?;
-        if let Some(blob) = &self.blob {
-            write!(f, "blob {blob}")?;
-            if let Some(range) = &self.range {
-                write!(f, " bytes {}..{}", range.start, range.end)?;
-            }
-            write!(f, ": ")?;
+        if let Some(reading) = &self.reading {
+            let Reading { blob, range } = &**reading;
+            write!(f, "blob {blob} bytes {}..{}: ", range.start, range.end)?;
         }
         write!(f, "{}", self.detail)?;
         if let Some(after) = self.retry_after {
@@ -205,7 +201,7 @@ impl Body {
                 Some(Err(error)) => {
                     self.ended = true;
                     let (blob, range) = (self.blob, self.range.clone());
-                    return Some(Err(if error.blob.is_none() { error.reading(&blob, range) } else { error }));
+                    return Some(Err(if error.reading.is_none() { error.reading(&blob, range) } else { error }));
                 }
                 None if self.remaining() > 0 => {
                     let detail =
@@ -227,7 +223,7 @@ impl Body {
 
     fn fail(&mut self, class: ErrorClass, detail: String) -> Result<Bytes, SourceError> {
         self.ended = true;
-        Err(SourceError::new(class, &self.source, detail).reading(&self.blob, self.range.clone()))
+        Err(SourceError::new(class, self.source.as_str(), detail).reading(&self.blob, self.range.clone()))
     }
 
     /// Collects the whole body. The caller has bounded the range.
@@ -280,7 +276,7 @@ mod tests {
     async fn short_long_and_stalled_bodies_fail() {
         let short = body(vec![bytes(3)], 10..15).collect().await.unwrap_err();
         assert_eq!(short.class, ErrorClass::Transient);
-        assert_eq!(short.range, Some(10..15));
+        assert_eq!(short.reading.unwrap().range, 10..15);
         let long = body(vec![bytes(3), bytes(3)], 10..15).collect().await.unwrap_err();
         assert_eq!(long.class, ErrorClass::BadReply);
         let blob = BlobRef { digest: Digest::of(b""), size: 100 };

@@ -6,7 +6,7 @@ use futures_util::future::Either;
 use futures_util::stream::FuturesUnordered;
 use tokio::task::JoinHandle;
 
-use super::{ChunkError, ChunkSpec, Codec, FetchError, Verified, seal, split, verify};
+use super::{ChunkError, ChunkPlace, ChunkSpec, Codec, FetchError, Verified, seal, split, verify};
 use crate::source::{BlobRef, Source};
 
 /// Chunks at most this long are decoded on the calling task: a thread hop costs more.
@@ -160,13 +160,11 @@ where
     ended?;
     match failure {
         None => Ok(()),
-        Some((index, error)) => Err(FetchError::Chunk {
-            source_name: source.name().to_owned(),
-            blob: blob.digest,
-            index,
-            spec: specs[index],
-            error,
-        }),
+        Some((index, error)) => {
+            let source_name = source.name().to_owned();
+            let place = ChunkPlace { source_name, blob: blob.digest, index, spec: specs[index] };
+            Err(FetchError::Chunk { place: Box::new(place), error })
+        }
     }
 }
 

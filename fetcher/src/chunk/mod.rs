@@ -140,19 +140,33 @@ pub enum FetchError {
     #[error(transparent)]
     Source(#[from] SourceError),
     /// A chunk was refused. All other chunks of the plan were handed over.
-    #[error("{source_name}: blob {blob}: chunk at stored bytes {}..{}: {error}", spec.stored_offset, spec.stored_offset + u64::from(spec.stored_len))]
+    #[error("{place}: {error}")]
     Chunk {
-        /// Name of the source that sent it.
-        source_name: String,
-        /// The blob.
-        blob: crate::Digest,
-        /// Position in the plan.
-        index: usize,
-        /// The chunk.
-        spec: ChunkSpec,
+        /// Which chunk of which blob, and who sent it.
+        place: Box<ChunkPlace>,
         /// What was wrong.
         error: ChunkError,
     },
+}
+
+/// Where a chunk came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkPlace {
+    /// Name of the source that sent it.
+    pub source_name: String,
+    /// The blob.
+    pub blob: crate::Digest,
+    /// Position in the plan.
+    pub index: usize,
+    /// The chunk.
+    pub spec: ChunkSpec,
+}
+
+impl std::fmt::Display for ChunkPlace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { source_name, blob, spec, .. } = self;
+        write!(f, "{source_name}: blob {blob}: chunk at stored bytes {}..{}", spec.stored_offset, spec.stored_end())
+    }
 }
 
 impl ChunkSpec {

@@ -238,11 +238,11 @@ impl Auth {
             Some(problem) => format!("{detail} ({problem})"),
             None => format!("{detail}; log in with `docker login` or `podman login`, or give a user and password"),
         };
-        SourceError::new(ErrorClass::Denied, &self.0.name, detail)
+        SourceError::new(ErrorClass::Denied, self.0.name.as_str(), detail)
     }
 
-    fn bad(&self, detail: impl Into<String>) -> SourceError {
-        SourceError::new(ErrorClass::BadReply, &self.0.name, detail)
+    fn bad(&self, detail: impl Into<Box<str>>) -> SourceError {
+        SourceError::new(ErrorClass::BadReply, self.0.name.as_str(), detail)
     }
 
     fn issuer(&self, access: Access, challenge: &Challenge) -> Result<Issuer, SourceError> {
@@ -298,7 +298,7 @@ impl Auth {
         let limit = timeouts.connect + timeouts.first_byte + timeouts.idle;
         let reply = tokio::time::timeout(limit, self.ask(&issuer, &found)).await.map_err(|_| {
             let detail = format!("token endpoint {} gave no answer", http::host_of(&issuer.realm));
-            SourceError::new(ErrorClass::Transient, &self.0.name, detail)
+            SourceError::new(ErrorClass::Transient, self.0.name.as_str(), detail)
         })??;
         let text = reply.token.filter(|token| !token.is_empty()).or(reply.access_token).unwrap_or_default();
         let header = HeaderValue::try_from(format!("Bearer {text}")).ok().filter(|_| !text.is_empty());
@@ -375,7 +375,7 @@ impl Auth {
             return Err(match super::range::status_class(status) {
                 ErrorClass::Denied => self.denied(&detail, Some(found)),
                 ErrorClass::Transient => {
-                    SourceError::new(ErrorClass::Transient, &self.0.name, detail).retry_after(after)
+                    SourceError::new(ErrorClass::Transient, self.0.name.as_str(), detail).retry_after(after)
                 }
                 _ => self.bad(detail),
             });

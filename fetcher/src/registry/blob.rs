@@ -64,7 +64,7 @@ impl Registry {
 }
 
 impl Progress {
-    fn error(&self, class: ErrorClass, detail: impl Into<String>) -> SourceError {
+    fn error(&self, class: ErrorClass, detail: impl Into<Box<str>>) -> SourceError {
         self.registry.error(class, detail).reading(&self.blob, self.at..self.end)
     }
 

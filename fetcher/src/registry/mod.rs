@@ -93,7 +93,7 @@ impl Registry {
         let api_host = if host == "docker.io" { "registry-1.docker.io" } else { host };
         let scheme = options.http.scheme(host);
         let base = Url::parse(&format!("{scheme}://{api_host}/v2/{repository}/")).map_err(|error| {
-            SourceError::new(ErrorClass::Unsupported, &name, format!("no URL can be made of it: {error}"))
+            SourceError::new(ErrorClass::Unsupported, name.as_str(), format!("no URL can be made of it: {error}"))
         })?;
         let clients = Arc::new(Clients::new(options.http.clone()));
         let auth = Auth::new(&name, host, repository, options.credentials.clone(), Arc::clone(&clients));
@@ -122,8 +122,8 @@ impl Registry {
         &self.inner.repository
     }
 
-    fn error(&self, class: ErrorClass, detail: impl Into<String>) -> SourceError {
-        SourceError::new(class, &self.inner.name, detail)
+    fn error(&self, class: ErrorClass, detail: impl Into<Box<str>>) -> SourceError {
+        SourceError::new(class, self.inner.name.as_str(), detail)
     }
 
     fn url(&self, path: &str) -> Result<Url, SourceError> {

@@ -16,6 +16,7 @@ use url::Url;
 use super::auth::Access;
 use super::{Call, Registry};
 use crate::http::Use;
+use crate::local::off_thread;
 use crate::source::{BlobRef, ErrorClass, SourceError};
 
 /// Told how many more bytes were handed to the network. After a retry bytes are told again.
@@ -58,7 +59,7 @@ impl Payload {
             Kind::Bytes(bytes) => Ok(request.header(CONTENT_LENGTH, bytes.len()).body(bytes.clone())),
             Kind::File { path, offset, length, sent } => {
                 let open = path.clone();
-                let file = tokio::task::spawn_blocking(move || File::open(open)).await.map_err(io::Error::other)??;
+                let file = off_thread(move || File::open(open)).await?;
                 let body = read_file(Arc::new(file), *offset, *length, sent.clone());
                 Ok(request.header(CONTENT_LENGTH, *length).body(reqwest::Body::wrap_stream(body)))
             }
@@ -81,12 +82,12 @@ fn read_file(
                 return Ok(None);
             }
             let count = PIECE.min(end - at);
-            let read = tokio::task::spawn_blocking(move || {
+            let read = off_thread(move || {
                 let mut bytes = vec![0; usize::try_from(count).map_err(io::Error::other)?];
                 file.read_exact_at(&mut bytes, at)?;
                 Ok::<_, io::Error>(Bytes::from(bytes))
             });
-            let bytes = read.await.map_err(io::Error::other)??;
+            let bytes = read.await?;
             Ok(Some((bytes, at + count)))
         }
     })
@@ -139,8 +140,8 @@ impl Registry {
     ) -> Result<(), SourceError> {
         let path = path.into();
         self.upload(blob, &path, sent).await.map_err(|error| {
-            let detail = format!("push: {}", error.detail);
-            SourceError { detail, blob: Some(blob.digest), ..error }
+            let detail = format!("push: {}", error.detail).into();
+            SourceError { detail, ..error }.reading(blob, 0..blob.size)
         })
     }
 
