@@ -3,9 +3,9 @@
 use std::fmt;
 use std::io::Write;
 
-/// Writes a line. That nobody listens (any more) is no reason to fail.
+/// Writes a line, in one piece. That nobody listens (any more) is no reason to fail.
 pub(crate) fn line(args: fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stderr().lock(), "skimmer-keeper: {args}");
+    let _ = std::io::stderr().write_all(format!("skimmer-keeper: {args}\n").as_bytes());
 }
 
 macro_rules! log {

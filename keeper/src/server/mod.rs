@@ -342,6 +342,7 @@ impl Server {
             log!("{}: {errno}", request.name());
         }
         if let Some(peer) = &mut self.peer {
+            peer.entrusted |= matches!(request, Request::Watch { .. });
             peer.queue(Reply::Done { seq, errno: outcome.err() });
         }
     }
@@ -504,7 +505,7 @@ impl Server {
             }
             Hangup::Failed(errno) => log!("connection of process {pid}: {errno}"),
         }
-        if !peer.process.is_dead() {
+        if peer.entrusted && !peer.process.is_dead() {
             self.fence = Some(peer.process);
         }
         for file in self.files.draining() {

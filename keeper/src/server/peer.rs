@@ -55,6 +55,8 @@ pub(crate) struct Peer {
     pub(crate) welcome: Vec<FileId>,
     /// The socket was full at the last try.
     pub(crate) full: bool,
+    /// It has been given something to work on, so its process must be dead before another daemon is served.
+    pub(crate) entrusted: bool,
 }
 
 impl Peer {
@@ -86,6 +88,7 @@ impl Peer {
             replies: VecDeque::with_capacity(REPLIES_MAX + 1),
             welcome: Vec::new(),
             full: false,
+            entrusted: false,
         }))
     }
 
@@ -101,7 +104,11 @@ impl Peer {
     /// Sends one packet; false when the socket is full.
     pub(crate) fn send(&mut self, reply: &Reply, fd: Option<BorrowedFd<'_>>) -> Result<bool, Sys> {
         match packet::send(self.socket.as_fd(), &reply.encode(), fd) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                self.entrusted |=
+                    matches!(reply, Reply::File { .. } | Reply::Event { .. } | Reply::Device { .. });
+                Ok(true)
+            }
             // ETOOMANYREFS: too many descriptors on their way; room comes when the daemon has taken some.
             Err(Sys::AGAIN | Sys::TOOMANYREFS) => {
                 self.full = true;
