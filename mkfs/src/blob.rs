@@ -41,14 +41,6 @@ pub(crate) struct Blob {
 }
 
 impl Blob {
-    pub(crate) fn stored_bytes(&self) -> u64 {
-        self.entry.compressed_size.get()
-    }
-
-    pub(crate) fn device_bytes(&self) -> u64 {
-        self.entry.uncompressed_size.get()
-    }
-
     /// Puts the blob into the destination under its digest, which is its id.
     pub(crate) fn publish(self) -> Result<(BlobRef, Vec<StoredChunk>, BlobEntry), MkfsError> {
         Ok((self.writer.finish()?, self.chunks, self.entry))
@@ -67,7 +59,8 @@ pub(crate) fn compression_info(chunks: &[StoredChunk], entry: &BlobEntry) -> (Ve
             flags: if chunk.is_compressed() { CiFlags::COMPRESSED } else { CiFlags::empty() },
             data: 0,
         };
-        let entry = CiV1::encode(&entry).expect("BlobWriter::push keeps all numbers within the form's limits");
+        let entry =
+            CiV1::encode(&entry).expect("BlobWriter::push keeps all numbers within the form's limits");
         bytes.extend_from_slice(entry.as_bytes());
     }
     (bytes, CiHeader::for_entry(entry))

@@ -68,8 +68,8 @@ pub fn expand_blob(
         buffer.resize(usize_from(spec.stored_len), 0);
         stored.seek(SeekFrom::Start(spec.stored_offset)).map_err(|e| at("cannot be read", &e))?;
         stored.read_exact(&mut buffer).map_err(|e| at("cannot be read", &e))?;
-        let verified =
-            verify(&spec, &buffer, vec![0; usize_from(spec.len)]).map_err(|e| at("is not what the image says", &e))?;
+        let verified = verify(&spec, &buffer, vec![0; usize_from(spec.len)])
+            .map_err(|e| at("is not what the image says", &e))?;
         device.seek(SeekFrom::Start(chunk.uncompressed_offset)).map_err(|e| at("cannot be written", &e))?;
         device.write_all(verified.bytes()).map_err(|e| at("cannot be written", &e))?;
         done.chunks += 1;

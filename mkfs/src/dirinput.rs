@@ -68,8 +68,14 @@ pub(crate) fn read_directory(
         }
         None => None,
     };
-    let mut reader =
-        Reader { tree, packer, progress, xattrs: options.unsupported_xattrs, destination, links: HashMap::new() };
+    let mut reader = Reader {
+        tree,
+        packer,
+        progress,
+        xattrs: options.unsupported_xattrs,
+        destination,
+        links: HashMap::new(),
+    };
     reader.check_destination(&stat, root)?;
     let mut meta = reader.meta(&fd, c".", root, &stat)?;
     (meta.mtime, meta.mtime_nsec) = (0, 0);
@@ -88,7 +94,15 @@ pub(crate) fn read_directory(
 
 /// What differs when a file was touched while it was read.
 fn identity(stat: &Stat) -> (u64, u64, i64, i64, u64, i64, u64) {
-    (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec, stat.st_ctime, stat.st_ctime_nsec)
+    (
+        stat.st_dev,
+        stat.st_ino,
+        stat.st_size,
+        stat.st_mtime,
+        stat.st_mtime_nsec,
+        stat.st_ctime,
+        stat.st_ctime_nsec,
+    )
 }
 
 impl Reader<'_, '_> {
@@ -193,9 +207,8 @@ impl Reader<'_, '_> {
         let is_sparse = u64::try_from(stat.st_blocks).is_ok_and(|blocks| blocks.saturating_mul(512) < size);
         let mut at = 0;
         while at < size {
-            let (start, end) =
-                if is_sparse { next_data(&file, at, size) } else { Ok((at, size)) }
-                    .map_err(|e| MkfsError::io("look for holes in", path, e))?;
+            let (start, end) = if is_sparse { next_data(&file, at, size) } else { Ok((at, size)) }
+                .map_err(|e| MkfsError::io("look for holes in", path, e))?;
             data.zeros(start - at).map_err(fault)?;
             progress.advance(start - at, 0);
             if is_sparse {

@@ -48,7 +48,9 @@ pub enum MkfsError {
         source: io::Error,
     },
     /// A layer's bytes are not those its descriptor promises.
-    #[error("layer {layer}: {what} is {found}, but {expected} is expected: the layer is damaged or was replaced")]
+    #[error(
+        "layer {layer}: {what} is {found}, but {expected} is expected: the layer is damaged or was replaced"
+    )]
     LayerDigest {
         /// Digest of the layer.
         layer: String,

@@ -199,7 +199,12 @@ impl Layer {
     }
 
     /// Adds an entry; one of the same path that came before is replaced, a directory keeps its content.
-    pub(crate) fn add(&mut self, tree: &mut Tree, path: &[Vec<u8>], inode: Inode) -> Result<(), EntryProblem> {
+    pub(crate) fn add(
+        &mut self,
+        tree: &mut Tree,
+        path: &[Vec<u8>],
+        inode: Inode,
+    ) -> Result<(), EntryProblem> {
         let is_directory = matches!(inode.body, Body::Directory(_));
         let Some((name, parents)) = path.split_last() else {
             if !is_directory {
@@ -409,7 +414,8 @@ mod tests {
 
     #[test]
     fn markers_never_show() {
-        let tree = build(&[&["a/.wh.b", "a/.wh..wh..opq", ".wh.c", ".wh..wh.plnk", ".wh..wh.aufs", "a/x"]]).unwrap();
+        let tree =
+            build(&[&["a/.wh.b", "a/.wh..wh..opq", ".wh.c", ".wh..wh.plnk", ".wh..wh.aufs", "a/x"]]).unwrap();
         assert_eq!(list(&tree), ["a/", "a/x"]);
         assert!(matches!(build(&[&["a/.wh."]]), Err(EntryProblem::BadWhiteout)));
         assert!(matches!(build(&[&["a/.wh..."]]), Err(EntryProblem::BadWhiteout)));

@@ -1,12 +1,13 @@
 //! An image in an OCI layout: the choice of its manifest, its config, and its layers as tar streams.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 
+use skimmer_fetcher::BlobRef;
 use skimmer_fetcher::digest::{Digest, Hasher};
 use skimmer_fetcher::layout::Layout;
-use skimmer_fetcher::oci::{self, Descriptor, Document, Flavour, ImageManifest, Platform};
-use skimmer_fetcher::BlobRef;
+use skimmer_fetcher::oci::{self, Descriptor, Document, Flavour, Platform};
 
 use crate::MkfsError;
 use crate::progress::Progress;
@@ -41,7 +42,8 @@ pub(crate) struct LayerInfo {
 /// An image to convert.
 #[derive(Debug)]
 pub(crate) struct SourceImage {
-    pub(crate) manifest: ImageManifest,
+    /// The annotations of its manifest.
+    pub(crate) annotations: Option<HashMap<String, String>>,
     /// The whole config: what this program does not know must live on in the new one.
     pub(crate) config: serde_json::Map<String, serde_json::Value>,
     pub(crate) layers: Vec<LayerInfo>,
@@ -76,12 +78,13 @@ impl SourceImage {
         }
         let blob_ref = |descriptor: &Descriptor| oci::blob_ref(descriptor).map_err(|e| bad(e.to_string()));
         let config = layout.read_blob(&blob_ref(manifest.config())?, oci::MAX_CONFIG)?;
-        let config: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_slice(&config).map_err(|e| bad(format!("its config is not a JSON object: {e}")))?;
+        let config: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&config)
+            .map_err(|e| bad(format!("its config is not a JSON object: {e}")))?;
         let diff_ids = config.get("rootfs").and_then(|rootfs| rootfs.get("diff_ids"));
-        let diff_ids: Vec<String> = diff_ids
-            .and_then(|ids| serde_json::from_value(ids.clone()).ok())
-            .ok_or_else(|| bad("its config has no list rootfs.diff_ids; this is no container image".to_owned()))?;
+        let diff_ids: Vec<String> =
+            diff_ids.and_then(|ids| serde_json::from_value(ids.clone()).ok()).ok_or_else(|| {
+                bad("its config has no list rootfs.diff_ids; this is no container image".to_owned())
+            })?;
         if diff_ids.len() != manifest.layers().len() {
             return Err(bad(format!(
                 "its manifest has {} layers, but its config has {} diff_ids",
@@ -95,7 +98,7 @@ impl SourceImage {
             let diff_id = diff_id.parse().map_err(|e| bad(format!("config, rootfs.diff_ids: {e}")))?;
             layers.push(LayerInfo { blob: blob_ref(descriptor)?, diff_id });
         }
-        Ok(Self { manifest, config, layers })
+        Ok(Self { annotations: manifest.annotations().clone(), config, layers })
     }
 }
 
@@ -175,7 +178,11 @@ pub(crate) struct LayerStream<'p> {
 }
 
 impl<'p> LayerStream<'p> {
-    pub(crate) fn open(layout: &Layout, info: &LayerInfo, progress: &'p dyn Progress) -> Result<Self, MkfsError> {
+    pub(crate) fn open(
+        layout: &Layout,
+        info: &LayerInfo,
+        progress: &'p dyn Progress,
+    ) -> Result<Self, MkfsError> {
         let file = layout.open_blob(&info.blob)?;
         let stored = Tap { inner: file, hasher: Hasher::new(), progress: Some(progress) };
         let mut stored = BufReader::with_capacity(128 << 10, stored);

@@ -177,7 +177,10 @@ impl<'a> Packer<'a> {
                 self.dedup.chunks_read += 1;
                 self.data_bytes += u64::from(len);
                 self.dedup.bytes_saved += u64::from(len);
-                *self.zeros.get(&len).expect("the first zero chunk of a length is collected before later ones")
+                *self
+                    .zeros
+                    .get(&len)
+                    .expect("the first zero chunk of a length is collected before later ones")
             }
         };
         self.files[file.0].push(place);
@@ -192,7 +195,8 @@ impl<'a> Packer<'a> {
             self.dedup.bytes_saved += u64::from(chunk.key.len);
             return Ok(place);
         }
-        let blob = u32::try_from(self.blobs.len()).expect("one blob per layer, and a manifest of 4 MiB at most");
+        let blob =
+            u32::try_from(self.blobs.len()).expect("one blob per layer, and a manifest of 4 MiB at most");
         let writer = match &mut self.current {
             Some(writer) => writer,
             none => none.insert(BlobWriter::create(self.layout, self.options)?),
@@ -253,7 +257,9 @@ pub(crate) struct FileData<'p, 'a> {
 impl FileData<'_, '_> {
     fn room(&self) -> u64 {
         let chunk = usize_from(self.packer.options.chunk_size);
-        u64::try_from(chunk - self.buffer.len() - self.zeros).expect("a chunk has at most 16 MiB").min(self.remaining)
+        u64::try_from(chunk - self.buffer.len() - self.zeros)
+            .expect("a chunk has at most 16 MiB")
+            .min(self.remaining)
     }
 
     /// Takes `len` bytes from a reader.

@@ -73,7 +73,7 @@ pub(crate) fn package(
         "config": descriptor(MEDIA_TYPE_CONFIG, &config),
         "layers": layers,
     });
-    if let Some(annotations) = parts.source.and_then(|source| source.manifest.annotations().as_ref()) {
+    if let Some(annotations) = parts.source.and_then(|source| source.annotations.as_ref()) {
         manifest["annotations"] = json!(annotations);
     }
     let manifest = layout.put_blob(&to_json(&manifest)?)?;
@@ -121,7 +121,8 @@ fn bootstrap_layer(
         let writer = inner.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
         Ok((writer, hasher.finish()))
     };
-    let (writer, diff_id) = write().map_err(|e| MkfsError::io("write the bootstrap layer into", layout.root(), e))?;
+    let (writer, diff_id) =
+        write().map_err(|e| MkfsError::io("write the bootstrap layer into", layout.root(), e))?;
     Ok((writer.finish()?, diff_id))
 }
 
@@ -177,7 +178,9 @@ fn history(old: Option<&Value>, layer_has_blob: &[bool]) -> Vec<Value> {
     if steps.iter().filter(|step| !is_empty(step)).count() != layer_has_blob.len() {
         // No history, or one that does not fit the layers: one step per blob tells at least the truth.
         let blobs = layer_has_blob.iter().filter(|has| **has);
-        return blobs.map(|_| json!({ "created_by": "skimmer convert", "comment": "RAFS v6 blob" })).collect();
+        return blobs
+            .map(|_| json!({ "created_by": "skimmer convert", "comment": "RAFS v6 blob" }))
+            .collect();
     }
     for (step, has_blob) in steps.iter_mut().filter(|step| !is_empty(step)).zip(layer_has_blob) {
         if !has_blob && let Some(step) = step.as_object_mut() {
@@ -189,7 +192,8 @@ fn history(old: Option<&Value>, layer_has_blob: &[bool]) -> Vec<Value> {
 
 /// The platform of an index entry, from the config.
 fn platform(config: &Map<String, Value>, mark: bool) -> Value {
-    let text = |key: &str, default: &str| config.get(key).and_then(Value::as_str).unwrap_or(default).to_owned();
+    let text =
+        |key: &str, default: &str| config.get(key).and_then(Value::as_str).unwrap_or(default).to_owned();
     let mut platform = json!({ "architecture": text("architecture", "unknown"), "os": text("os", "linux") });
     if let Some(variant) = config.get("variant").and_then(Value::as_str) {
         platform["variant"] = json!(variant);

@@ -50,7 +50,12 @@ pub(crate) struct Pool {
 
 impl Pool {
     /// Starts the threads. `depth` chunks may wait for one before [`Pool::submit`] blocks.
-    pub(crate) fn start(options: &Options, known: &Known, count: usize, depth: usize) -> Result<Self, MkfsError> {
+    pub(crate) fn start(
+        options: &Options,
+        known: &Known,
+        count: usize,
+        depth: usize,
+    ) -> Result<Self, MkfsError> {
         let (jobs, queue) = sync_channel::<Job>(depth);
         let queue = Arc::new(Mutex::new(queue));
         let mut threads = Vec::with_capacity(count);
@@ -101,7 +106,8 @@ impl Encoder {
         let zstd = match options.compression {
             Compression::None => None,
             Compression::Zstd { level } => Some(
-                zstd::bulk::Compressor::new(level).map_err(|e| MkfsError::Compress { reason: e.to_string() })?,
+                zstd::bulk::Compressor::new(level)
+                    .map_err(|e| MkfsError::Compress { reason: e.to_string() })?,
             ),
         };
         Ok(Self { digest: options.digest, crc32: options.crc32, zstd })
@@ -119,7 +125,8 @@ impl Encoder {
         let is_known = known.read().unwrap_or_else(PoisonError::into_inner).contains_key(&key);
         let compressed = match &mut self.zstd {
             Some(zstd) if !is_known => {
-                let small = zstd.compress(&data).map_err(|e| MkfsError::Compress { reason: e.to_string() })?;
+                let small =
+                    zstd.compress(&data).map_err(|e| MkfsError::Compress { reason: e.to_string() })?;
                 (small.len() < data.len()).then_some(small)
             }
             _ => None,

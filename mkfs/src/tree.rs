@@ -69,7 +69,7 @@ pub(crate) fn make_xattrs(
             None => {
                 return Err(EntryProblem::Xattr {
                     name: crate::error::show(&name),
-                    reason: "is in a namespace that EROFS does not have; leave such attributes out with the option \
+                    reason: "has a name that EROFS cannot hold (it knows user., trusted., security. and POSIX ACLs); leave such attributes out with the option \
                              unsupported_xattrs"
                         .to_owned(),
                 });
@@ -139,7 +139,10 @@ impl Body {
             return Err(EntryProblem::BadTarget("is empty".to_owned()));
         }
         if target.len() > TARGET_MAX {
-            return Err(EntryProblem::BadTarget(format!("has {} bytes, {TARGET_MAX} are allowed", target.len())));
+            return Err(EntryProblem::BadTarget(format!(
+                "has {} bytes, {TARGET_MAX} are allowed",
+                target.len()
+            )));
         }
         if target.contains(&0) {
             return Err(EntryProblem::BadTarget("holds a NUL byte".to_owned()));
@@ -255,7 +258,8 @@ mod tests {
             UnsupportedXattrs::Refuse,
         )
         .unwrap();
-        let short: Vec<_> = xattrs.iter().map(|x| (x.index, x.suffix.as_slice(), x.value.as_slice())).collect();
+        let short: Vec<_> =
+            xattrs.iter().map(|x| (x.index, x.suffix.as_slice(), x.value.as_slice())).collect();
         assert_eq!(
             short,
             [
@@ -269,7 +273,9 @@ mod tests {
 
     #[test]
     fn unknown_namespaces_are_refused_or_dropped() {
-        let raw = || vec![(b"system.nfs4_acl".to_vec(), Vec::new()), (b"system.posix_acl_accessX".to_vec(), vec![])];
+        let raw = || {
+            vec![(b"system.nfs4_acl".to_vec(), Vec::new()), (b"system.posix_acl_accessX".to_vec(), vec![])]
+        };
         assert!(make_xattrs(raw(), UnsupportedXattrs::Refuse).is_err());
         assert_eq!(make_xattrs(raw(), UnsupportedXattrs::Drop).unwrap(), []);
         // A prefix alone is not a name.
@@ -279,9 +285,10 @@ mod tests {
     #[test]
     fn xattr_limits() {
         let long = [b"user.".as_slice(), &[b'x'; 256]].concat();
-        assert!(make_xattrs(vec![(long, vec![])], UnsupportedXattrs::Drop).is_err());
+        assert!(make_xattrs(vec![(long, vec![])], UnsupportedXattrs::Refuse).is_err());
         assert!(make_xattrs(vec![(b"user.v".to_vec(), vec![0; 65536])], UnsupportedXattrs::Drop).is_err());
-        let many = |n: u8| (0..n).map(|i| (vec![b'u', b's', b'e', b'r', b'.', b'a' + i], vec![0; 65535])).collect();
+        let many =
+            |n: u8| (0..n).map(|i| (vec![b'u', b's', b'e', b'r', b'.', b'a' + i], vec![0; 65535])).collect();
         assert!(make_xattrs(many(3), UnsupportedXattrs::Refuse).is_ok());
         assert!(make_xattrs(many(4), UnsupportedXattrs::Refuse).is_err());
     }

@@ -105,12 +105,15 @@ fn place(tree: &Tree, id: InodeId, parent: InodeId, packed: &Packed, at: u64) ->
         (Placed { offset, head, layout, size, blocks_at: 0 }, offset + head + tail)
     };
     match &inode.body {
-        Body::Directory(_) => flat(dirent::packed_size(dir_names(tree, id, parent).map(|(name, _)| name.len()))),
+        Body::Directory(_) => {
+            flat(dirent::packed_size(dir_names(tree, id, parent).map(|(name, _)| name.len())))
+        }
         Body::Symlink(target) => flat(u64::try_from(target.len()).expect("at most 4095")),
         Body::Regular { size, data } => {
             let count = u64::try_from(packed.chunks_of(*data).len()).expect("usize has at most 64 bits");
             let indexes = chunk::indexes_offset(at + head).expect("offsets stay far below 2^64");
-            let placed = Placed { offset: at, head, layout: DataLayout::ChunkBased, size: *size, blocks_at: 0 };
+            let placed =
+                Placed { offset: at, head, layout: DataLayout::ChunkBased, size: *size, blocks_at: 0 };
             (placed, if count == 0 { at + head } else { indexes + chunk::INDEX_SIZE * count })
         }
         Body::Char(_) | Body::Block(_) | Body::Fifo | Body::Socket => {

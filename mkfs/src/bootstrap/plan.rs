@@ -71,7 +71,8 @@ impl Plan {
 
     /// Position in the device table of the blob that a chunk is in.
     pub(crate) fn blob_of(&self, chunk: ChunkRef) -> usize {
-        self.blob_position[crate::pack::usize_from(chunk.blob)].expect("every chunk of the tree marks its blob as used")
+        self.blob_position[crate::pack::usize_from(chunk.blob)]
+            .expect("every chunk of the tree marks its blob as used")
     }
 
     fn add(&mut self, tree: &Tree, id: InodeId, parent: InodeId) -> Result<(), MkfsError> {

@@ -6,7 +6,9 @@ use erofs_format::chunk_table::{ChunkEntry, ChunkFlags};
 use erofs_format::device::DeviceSlot;
 use erofs_format::extended::{ExtFlags, ExtSuperBlock};
 use erofs_format::inode::{DataLayout, InodeExtended, InodeFormat};
-use erofs_format::layout::{BLOCK, BLOCK_BITS, DEVICE_MAP_ALIGN, DEVICE_SLOTS_OFFSET, EXT_SUPERBLOCK_OFFSET, SUPERBLOCK_OFFSET};
+use erofs_format::layout::{
+    BLOCK, BLOCK_BITS, DEVICE_MAP_ALIGN, DEVICE_SLOTS_OFFSET, EXT_SUPERBLOCK_OFFSET, SUPERBLOCK_OFFSET,
+};
 use erofs_format::superblock::{self, SuperBlock};
 use erofs_format::xattr::{XattrEntry, XattrHeader, icount};
 use erofs_format::{dirent, prefetch::PrefetchEntry};
@@ -104,14 +106,21 @@ pub(crate) fn write(
     for (position, (planned, placed)) in plan.inodes.iter().zip(&places.inodes).enumerate() {
         let inode = tree.get(planned.id);
         let ino = u64::try_from(position).expect("usize has at most 64 bits") + 1;
-        write_head(&mut image, inode, placed, u32_of(ino), planned.nlink, i_u(inode, placed, plan, packed, blobs, options));
+        write_head(
+            &mut image,
+            inode,
+            placed,
+            u32_of(ino),
+            planned.nlink,
+            i_u(inode, placed, plan, packed, blobs, options),
+        );
         match &inode.body {
             Body::Directory(_) => {
-                let entries = dir_names(tree, planned.id, planned.parent).map(|(name, id)| {
-                    (name, places.nid(plan.position(id)), tree.get(id).body.kind())
-                });
+                let entries = dir_names(tree, planned.id, planned.parent)
+                    .map(|(name, id)| (name, places.nid(plan.position(id)), tree.get(id).body.kind()));
                 let mut content = Vec::new();
-                dirent::encode(entries, &mut content).expect("names were checked when they came in, and a map sorts them");
+                dirent::encode(entries, &mut content)
+                    .expect("names were checked when they came in, and a map sorts them");
                 write_flat(&mut image, &mut blocks, placed, &content);
             }
             Body::Symlink(target) => write_flat(&mut image, &mut blocks, placed, target),
@@ -256,7 +265,8 @@ fn i_u(
             let plain = ChunkHeader::for_chunk_size(options.chunk_size.into());
             let plain = plain.expect("Options::check allows powers of two from 4 KiB only");
             let is_run = is_one_run(packed.chunks_of(*data), plan, blobs, options.chunk_size);
-            let whole = size.checked_next_power_of_two().filter(|_| is_run).and_then(ChunkHeader::for_chunk_size);
+            let whole =
+                size.checked_next_power_of_two().filter(|_| is_run).and_then(ChunkHeader::for_chunk_size);
             le::U32::new(whole.unwrap_or(plain).encode())
         }
         Body::Char(device) | Body::Block(device) => {
@@ -272,7 +282,8 @@ fn is_one_run(chunks: &[ChunkRef], plan: &Plan, blobs: &[&PublishedBlob], chunk_
     let follows = |pair: &[ChunkRef]| {
         let [first, second] = pair else { return false };
         first.blob == second.blob
-            && device_offset(*first, plan, blobs) + u64::from(chunk_size) == device_offset(*second, plan, blobs)
+            && device_offset(*first, plan, blobs) + u64::from(chunk_size)
+                == device_offset(*second, plan, blobs)
     };
     chunks.len() > 1 && chunks.windows(2).all(follows)
 }

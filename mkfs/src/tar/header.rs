@@ -8,8 +8,10 @@ pub(super) fn number(field: &[u8], what: &str) -> Result<i64, EntryProblem> {
     match field {
         [first, rest @ ..] if first & 0x80 != 0 => {
             // Two's complement, big endian; the marker bit is not part of the number, the bit below it is the sign.
-            let start: i64 = if first & 0x40 == 0 { i64::from(first & 0x3f) } else { i64::from(first & 0x3f) - 0x40 };
-            rest.iter().try_fold(start, |value, &byte| value.checked_mul(256)?.checked_add(i64::from(byte)))
+            let start: i64 =
+                if first & 0x40 == 0 { i64::from(first & 0x3f) } else { i64::from(first & 0x3f) - 0x40 };
+            rest.iter()
+                .try_fold(start, |value, &byte| value.checked_mul(256)?.checked_add(i64::from(byte)))
                 .ok_or_else(|| bad("does not fit in 64 bits"))
         }
         _ => {

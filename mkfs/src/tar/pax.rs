@@ -2,7 +2,7 @@
 //! byte, line ends included.
 
 use crate::error::{EntryProblem, show};
-use crate::tar::sparse::{self, PaxSparse};
+use crate::tar::sparse::PaxSparse;
 
 /// What the PAX and GNU extensions in front of an entry say about it.
 #[derive(Debug, Default)]
@@ -93,7 +93,8 @@ pub(super) fn decimal(what: &[u8], text: &[u8]) -> Result<u64, EntryProblem> {
 
 /// Reads "[-]SECONDS[.FRACTION]". A fraction is cut to nanoseconds, always towards the past.
 fn time(text: &[u8]) -> Result<(i64, u32), EntryProblem> {
-    let bad = || EntryProblem::Header(format!("PAX mtime \"{}\" is not a time", show(&text[..text.len().min(40)])));
+    let bad =
+        || EntryProblem::Header(format!("PAX mtime \"{}\" is not a time", show(&text[..text.len().min(40)])));
     let (negative, digits) = text.strip_prefix(b"-").map_or((false, text), |rest| (true, rest));
     let point = digits.iter().position(|&b| b == b'.');
     let (whole, fraction) = point.map_or((digits, &b""[..]), |at| (&digits[..at], &digits[at + 1..]));
@@ -117,7 +118,7 @@ impl Extensions {
         self.sparse.is_sparse()
     }
 
-    pub(super) fn take_sparse(&mut self) -> sparse::PaxSparse {
+    pub(super) fn take_sparse(&mut self) -> PaxSparse {
         std::mem::take(&mut self.sparse)
     }
 }

@@ -153,7 +153,10 @@ impl<R: Read> TarReader<R> {
             match self.inner.read(&mut block[have..]) {
                 Ok(0) if have == 0 => return Ok(None),
                 Ok(0) => {
-                    let short = io::Error::new(io::ErrorKind::UnexpectedEof, "the tar ends in the middle of a header");
+                    let short = io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the tar ends in the middle of a header",
+                    );
                     return Err(Fault::Read(short));
                 }
                 Ok(n) => have += n,
@@ -173,17 +176,25 @@ impl<R: Read> TarReader<R> {
             let block = match self.block()? {
                 Some(block) => block,
                 None if ext.is_empty() && long_path.is_none() && long_link.is_none() => return Ok(None),
-                None => return Err(EntryProblem::Header("an extended header is the last in the tar".to_owned()).into()),
+                None => {
+                    return Err(
+                        EntryProblem::Header("an extended header is the last in the tar".to_owned()).into()
+                    );
+                }
             };
             if block == [0; BLOCK] {
                 return match self.block()? {
                     None => Ok(None),
                     Some(second) if second == [0; BLOCK] => Ok(None),
-                    Some(_) => Err(EntryProblem::Header("one block of zeros, then more data".to_owned()).into()),
+                    Some(_) => {
+                        Err(EntryProblem::Header("one block of zeros, then more data".to_owned()).into())
+                    }
                 };
             }
             if !checksum_is_right(&block) {
-                return Err(EntryProblem::Header("the checksum is wrong; this is no tar header".to_owned()).into());
+                return Err(
+                    EntryProblem::Header("the checksum is wrong; this is no tar header".to_owned()).into()
+                );
             }
             let header = tar::Header::from_byte_slice(&block);
             let size = unsigned(&header.as_old().size, "size")?;
@@ -197,7 +208,8 @@ impl<R: Read> TarReader<R> {
                     let given = ext.path.take().or(long_path.take());
                     *path = given.unwrap_or_else(|| header.path_bytes().into_owned());
                     let link = ext.link.take().or(long_link.take());
-                    let link = link.unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned());
+                    let link =
+                        link.unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned());
                     return self.entry(start, header, ext, path, link).map(Some);
                 }
             }
@@ -243,7 +255,12 @@ impl<R: Read> TarReader<R> {
             _ => 0,
         };
         if stored > u64::try_from(i64::MAX).expect("positive") {
-            return Err(EntryProblem::TooLarge { what: "the size", found: stored, limit: i64::MAX.unsigned_abs() }.into());
+            return Err(EntryProblem::TooLarge {
+                what: "the size",
+                found: stored,
+                limit: i64::MAX.unsigned_abs(),
+            }
+            .into());
         }
         let padding = stored.next_multiple_of(BLOCK_U64) - stored;
         let mut size = stored;
@@ -270,13 +287,20 @@ impl<R: Read> TarReader<R> {
             sparse::check(&extents, size, stored)?;
         }
         let narrow = |what, value: u64| {
-            u32::try_from(value).map_err(|_| EntryProblem::TooLarge { what, found: value, limit: u32::MAX.into() })
+            u32::try_from(value).map_err(|_| EntryProblem::TooLarge {
+                what,
+                found: value,
+                limit: u32::MAX.into(),
+            })
         };
         let device = match (kind, header.as_ustar(), header.as_gnu()) {
             (TarKind::Char | TarKind::Block, Some(ustar), _) => (&ustar.dev_major, &ustar.dev_minor),
             (TarKind::Char | TarKind::Block, _, Some(gnu)) => (&gnu.dev_major, &gnu.dev_minor),
             (TarKind::Char | TarKind::Block, None, None) => {
-                return Err(EntryProblem::Header("an old header has no place for a device number".to_owned()).into());
+                return Err(EntryProblem::Header(
+                    "an old header has no place for a device number".to_owned(),
+                )
+                .into());
             }
             _ => (&[0; 8], &[0; 8]),
         };

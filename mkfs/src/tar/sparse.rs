@@ -107,13 +107,21 @@ pub(super) fn read_map<E: From<EntryProblem>>(
         loop {
             match next()? {
                 b'\n' => {
-                    return value.ok_or_else(|| EntryProblem::Sparse("an empty line in the map".to_owned()).into());
+                    return value
+                        .ok_or_else(|| EntryProblem::Sparse("an empty line in the map".to_owned()).into());
                 }
                 digit @ b'0'..=b'9' => {
-                    let sum = value.unwrap_or(0).checked_mul(10).and_then(|v| v.checked_add((digit - b'0').into()));
-                    value = Some(sum.ok_or_else(|| EntryProblem::Sparse("a number of the map is too large".to_owned()))?);
+                    let sum =
+                        value.unwrap_or(0).checked_mul(10).and_then(|v| v.checked_add((digit - b'0').into()));
+                    value = Some(sum.ok_or_else(|| {
+                        EntryProblem::Sparse("a number of the map is too large".to_owned())
+                    })?);
                 }
-                _ => return Err(EntryProblem::Sparse("the map is not made of decimal numbers".to_owned()).into()),
+                _ => {
+                    return Err(
+                        EntryProblem::Sparse("the map is not made of decimal numbers".to_owned()).into()
+                    );
+                }
             }
         }
     };
@@ -135,7 +143,9 @@ pub(super) fn check(extents: &[Extent], size: u64, stored: u64) -> Result<(), En
     for Extent { start, len } in extents {
         let next = start.checked_add(*len).filter(|&next| *start >= end && next <= size);
         end = next.ok_or_else(|| {
-            EntryProblem::Sparse(format!("range {start}+{len} overlaps another or leaves the file of {size} bytes"))
+            EntryProblem::Sparse(format!(
+                "range {start}+{len} overlaps another or leaves the file of {size} bytes"
+            ))
         })?;
         // Ranges do not overlap and lie in the file, so the sum is at most its size.
         total += len;
@@ -153,9 +163,14 @@ mod tests {
     #[test]
     fn pax_0_0_and_0_1() {
         let mut old = PaxSparse::default();
-        for (key, value) in
-            [("size", "100"), ("numblocks", "2"), ("offset", "10"), ("numbytes", "5"), ("offset", "50"), ("numbytes", "50")]
-        {
+        for (key, value) in [
+            ("size", "100"),
+            ("numblocks", "2"),
+            ("offset", "10"),
+            ("numbytes", "5"),
+            ("offset", "50"),
+            ("numbytes", "50"),
+        ] {
             old.add(key.as_bytes(), value.as_bytes()).unwrap();
         }
         let mut new = PaxSparse::default();

@@ -237,7 +237,7 @@ pub fn convert_layers(layers: &[(Vec<u8>, Packing)], options: &Options) -> Resul
 pub fn manifest_of(layout: &Layout, report: &Report) -> ImageManifest {
     let descriptor = layout.resolve(Some(&report.manifest)).unwrap();
     match layout.document(&descriptor).unwrap() {
-        Document::Manifest(manifest) => manifest,
+        Document::Manifest(manifest) => ImageManifest::clone(&manifest),
         Document::Index(_) => panic!("a manifest was expected"),
     }
 }
@@ -278,7 +278,8 @@ impl Converted {
         let image = self.image();
         let devices = (0..image.blobs().len()).map(|index| {
             let path = self.dir.path().join(format!("device-{index}"));
-            let mut file = File::options().write(true).read(true).create(true).truncate(true).open(&path).unwrap();
+            let mut file =
+                File::options().write(true).read(true).create(true).truncate(true).open(&path).unwrap();
             file.set_len(image.blobs()[index].uncompressed_size).unwrap();
             let expanded = device::expand_blob(&image, index, &mut self.open_blob(index), &mut file).unwrap();
             assert_eq!(expanded.chunks, self.report.blobs[index].referenced_chunks as u64);
@@ -303,8 +304,7 @@ impl Converted {
         let mut todo = vec![(Vec::new(), image.root().unwrap())];
         while let Some((path, inode)) = todo.pop() {
             let xattrs = inode.xattrs().map(|x| x.unwrap());
-            let xattrs: BTreeMap<Vec<u8>, Vec<u8>> =
-                xattrs.map(|x| (x.name(), x.value.to_vec())).collect();
+            let xattrs: BTreeMap<Vec<u8>, Vec<u8>> = xattrs.map(|x| (x.name(), x.value.to_vec())).collect();
             let mut content = Vec::new();
             match inode.kind {
                 FileKind::Directory => {
