@@ -71,6 +71,11 @@ impl Object {
         lookup(&self.chunks, bytes)
     }
 
+    /// Whether at least half of a chunk lies before the end of a device range: windows end at the nearest chunk.
+    pub(crate) fn mostly_within(&self, chunk: u32, bytes: &Range<u64>) -> bool {
+        self.chunks.get(index(chunk)).is_some_and(|chunk| chunk.start + u64::from(chunk.len) / 2 <= bytes.end)
+    }
+
     pub(crate) fn status(&self) -> ObjectStatus {
         ObjectStatus {
             chunks: self.ready.len(),

@@ -1,4 +1,5 @@
 //! Tests of the tests: the simulator must notice each promise that the engine is made to break.
+#![allow(clippy::unwrap_used, reason = "a test may fail by panic")]
 
 #[path = "sim/oracle.rs"]
 mod oracle;

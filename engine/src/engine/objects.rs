@@ -54,6 +54,7 @@ impl Engine {
         }
         let mut waiting: Vec<ReadId> = object.waiters.all().map(|(read, _)| read).collect();
         waiting.extend(object.growth.into_iter().flat_map(|growth| growth.parked));
+        waiting.sort_unstable();
         if self.broken(Mutation::ForgetRemoved) {
             return;
         }
@@ -98,7 +99,9 @@ impl Engine {
         if full {
             self.outputs.push_back(Output::ObjectReady { object: id });
         }
-        for read in waiters.all().map(|(read, _)| read).chain(growth.parked) {
+        let mut waiting: Vec<ReadId> = waiters.all().map(|(read, _)| read).chain(growth.parked).collect();
+        waiting.sort_unstable();
+        for read in waiting {
             if self.reads.get(&read).is_some_and(|read| read.object == id) {
                 self.admit(read);
             }

@@ -69,7 +69,10 @@ impl Engine {
                 object.plan.drop_queued(&chunks, Priority::Ahead);
             }
             if let Some(ahead) = advice.ahead.filter(|ahead| !ahead.is_empty()) {
-                let chunks = object.chunks_of(&ahead);
+                let mut chunks = object.chunks_of(&ahead);
+                if chunks.end.checked_sub(1).is_some_and(|last| !object.mostly_within(last, &ahead)) {
+                    chunks.end -= 1;
+                }
                 // Too little for a request of its own: it goes with the demand.
                 let small = missing > 0 && ahead.end.saturating_sub(bytes.end) < self.config.min_fetch;
                 let priority = if small { Priority::Demand } else { Priority::Ahead };

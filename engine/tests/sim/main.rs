@@ -1,6 +1,7 @@
 //! The engine in worlds of virtual time.
 //!
 //! `SKIMMER_SIM_WORLDS=n` sets how many worlds are lived, `SKIMMER_SIM_SEED=s` lives the one of that seed.
+#![allow(clippy::unwrap_used, reason = "a test may fail by panic")]
 
 mod oracle;
 mod rng;
