@@ -85,10 +85,9 @@ impl Link {
         ip(["-n", namespace, "addr", "add", &far_text, "peer", &near_text, "dev", &far_name])?;
         ip(["-n", namespace, "link", "set", &far_name, "mtu", &mtu, "up"])?;
         ip(["-n", namespace, "link", "set", "lo", "up"])?;
-        for (from, to, direction) in [
-            (&near_device, &far_device, &link.to_far),
-            (&far_device, &near_device, &link.to_near),
-        ] {
+        for (from, to, direction) in
+            [(&near_device, &far_device, &link.to_far), (&far_device, &near_device, &link.to_near)]
+        {
             let (from, to, direction) = (Arc::clone(from), Arc::clone(to), Arc::clone(direction));
             let (stop, taker) = (Arc::clone(&link.stop), Arc::clone(&direction));
             let receive = move || take_packets(&from, &taker, shape, &stop);
@@ -171,7 +170,8 @@ struct Direction {
 
 /// Reads packets of `from` and queues them with the time at which they arrive at the other end.
 fn take_packets(from: &SyncDevice, direction: &Direction, shape: Shape, stop: &AtomicBool) {
-    let queue_bytes = u64::try_from(QUEUE.as_millis()).unwrap_or(u64::MAX).saturating_mul(shape.bits_per_second / 8000);
+    let queue_bytes =
+        u64::try_from(QUEUE.as_millis()).unwrap_or(u64::MAX).saturating_mul(shape.bits_per_second / 8000);
     let room = transmission(queue_bytes.max(QUEUE_FLOOR), shape.bits_per_second);
     let mut line_free = Instant::now();
     let mut since_loss = 0_u32;
@@ -245,7 +245,8 @@ mod tests {
 
     #[test]
     fn a_shape_says_what_it_is() {
-        let shape = Shape { bits_per_second: 20_000_000, delay: Duration::from_millis(50), loss_per_mille: 10 };
+        let shape =
+            Shape { bits_per_second: 20_000_000, delay: Duration::from_millis(50), loss_per_mille: 10 };
         assert_eq!(shape.to_string(), "20 Mbit/s, 100 ms round trip, 1.0 % loss");
     }
 }

@@ -11,8 +11,17 @@ use crate::run;
 
 /// Programs of Debian that the tests use as real counterparts and oracles.
 const PACKAGES: &[&str] = &[
-    "acl", "attr", "busybox-static", "cpio", "docker-registry", "e2fsprogs", "erofs-utils", "iproute2",
-    "qemu-system-x86", "skopeo", "umoci",
+    "acl",
+    "attr",
+    "busybox-static",
+    "cpio",
+    "docker-registry",
+    "e2fsprogs",
+    "erofs-utils",
+    "iproute2",
+    "qemu-system-x86",
+    "skopeo",
+    "umoci",
 ];
 
 /// How to run the tests.
@@ -61,7 +70,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.package.is_empty() {
         step("tests of the tests: the simulator must notice each broken invariant");
         let args = ["test", "--no-fail-fast", "--package", "skimmer-engine", "--features", "mutations"];
-        count(run::cargo(&args).args(["--test", "mutations"]).env("SKIMMER_SKIPS", skips.path()), &mut totals)?;
+        count(
+            run::cargo(&args).args(["--test", "mutations"]).env("SKIMMER_SKIPS", skips.path()),
+            &mut totals,
+        )?;
     }
 
     let skipped = std::fs::read_to_string(skips.path()).context("cannot read the list of skipped tests")?;
@@ -103,7 +115,9 @@ fn count(command: &mut Command, totals: &mut Totals) -> Result<()> {
         if let Some(rest) = line.strip_prefix("test result: ") {
             totals.passed += number_before(rest, " passed");
             totals.failed += number_before(rest, " failed");
-        } else if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED")) {
+        } else if let Some(name) =
+            line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
+        {
             totals.failures.push(name.to_owned());
         }
     }

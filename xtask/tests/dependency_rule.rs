@@ -120,7 +120,10 @@ fn unsafe_lives_only_where_the_design_says() {
         }
         for (number, line) in std::fs::read_to_string(&file).unwrap().lines().enumerate() {
             let code = line.split("//").next().unwrap_or_default();
-            if ["unsafe {", "unsafe fn", "unsafe impl", "allow(unsafe_code"].iter().any(|word| code.contains(word)) {
+            if ["unsafe {", "unsafe fn", "unsafe impl", "allow(unsafe_code"]
+                .iter()
+                .any(|word| code.contains(word))
+            {
                 let allowed = code.contains("allow(unsafe_code") && line.contains("sys");
                 if !allowed {
                     broken.push(format!("{relative}:{}", number + 1));

@@ -1,0 +1,10 @@
+//! One file per command.
+
+pub(crate) mod check;
+pub(crate) mod convert;
+pub(crate) mod copy;
+pub(crate) mod doctor;
+pub(crate) mod inspect;
+pub(crate) mod mount;
+pub(crate) mod status;
+pub(crate) mod umount;
