@@ -18,7 +18,7 @@ use crate::error::EntryProblem;
 use crate::options::UnsupportedXattrs;
 use crate::pack::{DataError, Packer};
 use crate::progress::Progress;
-use crate::tree::{Body, Inode, InodeId, Meta, Tree, check_name, device_number, make_xattrs};
+use crate::tree::{Body, Inode, InodeId, Meta, RawXattr, Tree, check_name, device_number, make_xattrs};
 use crate::{MkfsError, Options};
 
 /// A directory whose content is still to be read.
@@ -298,7 +298,7 @@ fn list(fd: &OwnedFd, path: &Path) -> Result<Vec<CString>, MkfsError> {
 
 /// All extended attributes of a file of any kind. There is no such call relative to a directory before Linux 6.13, so
 /// the path goes through the directory's descriptor; the last name is not followed.
-fn read_xattrs(dir: &OwnedFd, name: &CStr) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+fn read_xattrs(dir: &OwnedFd, name: &CStr) -> Result<Vec<RawXattr>, Errno> {
     let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
     path.extend_from_slice(name.to_bytes());
     let path = path.as_slice();

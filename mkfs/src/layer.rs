@@ -1,8 +1,8 @@
 //! One layer over the layers below it: where its entries go, what its markers hide, how it is merged.
 //!
-//! A layer's entries are collected in a tree of their own, so that markers act on the layers below only, wherever in
-//! the tar they stand. Lookups (parents that are symlinks, targets of hard links) see the layer first, then the tree
-//! below it as it was before this layer's markers, less what markers read so far have hidden.
+//! A layer's entries are collected in a tree of their own, and its markers are applied to the tree below when the layer
+//! is complete, so that it does not matter where in the tar they stand. Lookups (parents that are symlinks, targets of
+//! hard links) see the layer as read so far first, then the tree below it less what markers read so far hide.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
@@ -81,30 +81,61 @@ enum Found {
     Lower(InodeId),
 }
 
+/// A marker, kept until the layer is complete.
+struct Pending {
+    /// Offset in the tar, for errors.
+    offset: u64,
+    parents: Vec<Vec<u8>>,
+    marker: Marker,
+}
+
+/// A marker whose directory cannot be told.
+#[derive(Debug)]
+pub(crate) struct MarkerFault {
+    pub(crate) offset: u64,
+    /// The directory.
+    pub(crate) path: String,
+    pub(crate) problem: EntryProblem,
+}
+
 /// A layer being read.
 pub(crate) struct Layer {
     root: InodeId,
+    markers: Vec<Pending>,
+    /// What markers hide, by directory of the tree below.
     marks: HashMap<InodeId, Marks>,
     /// Directories that no entry describes: they take everything from the directory below them.
     implied: HashSet<InodeId>,
+    /// Directories that took the place of a file of this layer: they do not merge with what is below.
+    fresh: HashSet<InodeId>,
     follow_absolute: bool,
 }
 
 impl Layer {
     pub(crate) fn new(tree: &mut Tree, follow_absolute: bool) -> Self {
         let root = tree.add(implied_directory());
-        Self { root, marks: HashMap::new(), implied: HashSet::from([root]), follow_absolute }
+        Self {
+            root,
+            markers: Vec::new(),
+            marks: HashMap::new(),
+            implied: HashSet::from([root]),
+            fresh: HashSet::new(),
+            follow_absolute,
+        }
     }
 
     fn lookup(&self, tree: &Tree, place: Place, name: &[u8]) -> Option<Found> {
-        if let Some(id) = place.own.and_then(|dir| tree.child(dir, name)) {
-            return Some(Found::Own(id));
-        }
-        let marks = place.own.and_then(|dir| self.marks.get(&dir));
-        if marks.is_some_and(|marks| marks.opaque || marks.hidden.contains(name)) {
+        let own = place.own.and_then(|dir| tree.child(dir, name)).map(Found::Own);
+        own.or_else(|| self.lookup_below(tree, place, name).map(Found::Lower))
+    }
+
+    fn lookup_below(&self, tree: &Tree, place: Place, name: &[u8]) -> Option<InodeId> {
+        let lower = place.lower?;
+        let is_hidden = |marks: &Marks| marks.opaque || marks.hidden.contains(name);
+        if self.marks.get(&lower).is_some_and(is_hidden) {
             return None;
         }
-        place.lower.and_then(|dir| tree.child(dir, name)).map(Found::Lower)
+        tree.child(lower, name)
     }
 
     /// The directory that the names lead to, symlinks followed: the real names from the root, and the place.
@@ -135,6 +166,7 @@ impl Layer {
                 (Body::Directory(_), Some(Found::Own(own))) => {
                     // The lower directory of that name shows through unless the layer hides it.
                     let lower = self.lookup_below(tree, place, &name);
+                    let lower = lower.filter(|&id| tree.children(id).is_some() && !self.fresh.contains(&own));
                     way.push((name, Place { own: Some(own), lower }));
                 }
                 (Body::Directory(_), _) => way.push((name, Place { own: None, lower: Some(id) })),
@@ -162,14 +194,6 @@ impl Layer {
         }
         let place = way.last().map_or(root, |(_, place)| *place);
         Ok((way.into_iter().map(|(name, _)| name).collect(), place))
-    }
-
-    fn lookup_below(&self, tree: &Tree, place: Place, name: &[u8]) -> Option<InodeId> {
-        let marks = place.own.and_then(|dir| self.marks.get(&dir));
-        if marks.is_some_and(|marks| marks.opaque || marks.hidden.contains(name)) {
-            return None;
-        }
-        place.lower.and_then(|dir| tree.child(dir, name)).filter(|&id| tree.children(id).is_some())
     }
 
     /// The layer's own directory for the names, made where it is missing.
@@ -215,8 +239,9 @@ impl Layer {
             return Ok(());
         };
         let dir = self.directory(tree, parents)?;
+        let old = tree.child(dir, name);
         if is_directory
-            && let Some(old) = tree.child(dir, name)
+            && let Some(old) = old
             && tree.children(old).is_some()
         {
             self.implied.remove(&old);
@@ -224,6 +249,10 @@ impl Layer {
             return Ok(());
         }
         let id = tree.add(inode);
+        if is_directory && old.is_some() {
+            // The file that this directory replaces has hidden whatever a lower layer has there.
+            self.fresh.insert(id);
+        }
         self.link(tree, dir, name.clone(), id);
         Ok(())
     }
@@ -265,28 +294,67 @@ impl Layer {
         Ok(())
     }
 
-    /// Takes note of a marker in the directory that `parents` leads to.
+    /// Takes note of a marker in the directory that `parents` leads to. `offset` is given back in errors.
     pub(crate) fn mark(
         &mut self,
-        tree: &mut Tree,
+        tree: &Tree,
         parents: &[Vec<u8>],
         marker: Marker,
+        offset: u64,
     ) -> Result<(), EntryProblem> {
         if marker == Marker::Ignore {
             return Ok(());
         }
-        let dir = self.directory(tree, parents)?;
-        let marks = self.marks.entry(dir).or_default();
+        self.apply_mark(tree, parents, &marker)?;
+        self.markers.push(Pending { offset, parents: parents.to_vec(), marker });
+        Ok(())
+    }
+
+    fn apply_mark(&mut self, tree: &Tree, parents: &[Vec<u8>], marker: &Marker) -> Result<(), EntryProblem> {
+        let lower = match self.resolve(tree, parents) {
+            Ok((_, place)) => place.lower,
+            // Nothing below a file needs hiding.
+            Err(EntryProblem::ParentNotDirectory(_)) => None,
+            Err(problem) => return Err(problem),
+        };
+        let Some(lower) = lower else { return Ok(()) };
+        let marks = self.marks.entry(lower).or_default();
         match marker {
             Marker::Opaque => marks.opaque = true,
-            Marker::Hide(name) => drop(marks.hidden.insert(name)),
+            Marker::Hide(name) => drop(marks.hidden.insert(name.clone())),
             Marker::Ignore => {}
         }
         Ok(())
     }
 
     /// Puts the layer over the tree below it: markers first, then entries.
-    pub(crate) fn merge(mut self, tree: &mut Tree) {
+    pub(crate) fn merge(mut self, tree: &mut Tree) -> Result<(), MarkerFault> {
+        // Once more, now that all of the layer's own directories are known: one of them may stand where a marker read
+        // earlier went through a symlink of a lower layer.
+        let mut marks: HashMap<InodeId, Marks> = HashMap::new();
+        for Pending { offset, parents, marker } in std::mem::take(&mut self.markers) {
+            // Each on its own: what one marker hides must not change where another one is.
+            self.marks.clear();
+            self.apply_mark(tree, &parents, &marker).map_err(|problem| MarkerFault {
+                offset,
+                path: join(parents.iter()),
+                problem,
+            })?;
+            for (dir, new) in self.marks.drain() {
+                let all = marks.entry(dir).or_default();
+                all.opaque |= new.opaque;
+                all.hidden.extend(new.hidden);
+            }
+        }
+        for (dir, Marks { opaque, hidden }) in marks {
+            let Some(children) = tree.children_mut(dir) else { continue };
+            if opaque {
+                children.clear();
+            }
+            for name in hidden {
+                children.remove(&name);
+            }
+        }
         let mut todo = vec![(tree.root(), self.root)];
         while let Some((lower, upper)) = todo.pop() {
             let names = std::mem::take(tree.children_mut(upper).expect("only directories are merged"));
@@ -294,27 +362,20 @@ impl Layer {
                 let meta = tree.get(upper).meta.clone();
                 tree.get_mut(lower).meta = meta;
             }
-            let children = tree.children_mut(lower).expect("only directories are merged");
-            if let Some(marks) = self.marks.remove(&upper) {
-                if marks.opaque {
-                    children.clear();
-                }
-                for name in marks.hidden {
-                    children.remove(&name);
-                }
-            }
             for (name, id) in names {
-                let below = tree.child(lower, &name);
+                let below = tree.child(lower, &name).filter(|&below| tree.children(below).is_some());
                 match below {
-                    Some(below) if tree.children(below).is_some() && tree.children(id).is_some() => {
+                    Some(below) if tree.children(id).is_some() && !self.fresh.contains(&id) => {
                         todo.push((below, id));
                     }
                     _ => {
-                        tree.children_mut(lower).expect("only directories are merged").insert(name, id);
+                        let children = tree.children_mut(lower).expect("only directories are merged");
+                        children.insert(name, id);
                     }
                 }
             }
         }
+        Ok(())
     }
 }
 
@@ -326,6 +387,9 @@ fn join<'a>(names: impl Iterator<Item = &'a Vec<u8>>) -> String {
     let names: Vec<&[u8]> = names.map(Vec::as_slice).collect();
     show(&names.join(&b'/'))
 }
+
+#[cfg(test)]
+mod model;
 
 #[cfg(test)]
 mod tests {
@@ -353,7 +417,7 @@ mod tests {
         if let Some((name, parents)) = path.split_last()
             && let Some(marker) = Marker::of(name)?
         {
-            return layer.mark(tree, parents, marker);
+            return layer.mark(tree, parents, marker, 0);
         }
         layer.add(tree, &path, if entry.ends_with('/') { dir() } else { inode(Body::Fifo, 0o600) })
     }
@@ -383,7 +447,7 @@ mod tests {
             for entry in *entries {
                 add(&mut layer, &mut tree, entry)?;
             }
-            layer.merge(&mut tree);
+            layer.merge(&mut tree).unwrap();
         }
         Ok(tree)
     }
@@ -422,6 +486,15 @@ mod tests {
     }
 
     #[test]
+    fn a_marker_read_early_means_the_layers_own_directory() {
+        let lower: &[&str] = &["usr/lib/", "usr/lib/x", "lib->usr/lib"];
+        for upper in [["lib/.wh..wh..opq", "lib/"], ["lib/", "lib/.wh..wh..opq"]] {
+            assert_eq!(list(&build(&[lower, &upper]).unwrap()), ["lib/", "usr/", "usr/lib/", "usr/lib/x"]);
+        }
+        assert_eq!(list(&build(&[lower, &["lib/.wh.x"]]).unwrap()), ["lib", "usr/", "usr/lib/"]);
+    }
+
+    #[test]
     fn kinds_replace_each_other_and_directories_merge() {
         let tree = build(&[&["d/", "d/x", "f"], &["d", "f/", "f/y"]]).unwrap();
         assert_eq!(list(&tree), ["d", "f/", "f/y"]);
@@ -455,7 +528,7 @@ mod tests {
         for entry in ["run/", "var/run->/run", "var/run/pid"] {
             add(&mut layer, &mut tree, entry).unwrap();
         }
-        layer.merge(&mut tree);
+        layer.merge(&mut tree).unwrap();
         assert_eq!(list(&tree), ["run/", "run/pid", "var/", "var/run"]);
     }
 
@@ -466,7 +539,7 @@ mod tests {
         let data = crate::pack::DataId::for_test(0);
         layer.add(&mut tree, &[b"a".to_vec()], inode(Body::Regular { size: 0, data }, 0o644)).unwrap();
         add(&mut layer, &mut tree, "d/b=./a").unwrap();
-        layer.merge(&mut tree);
+        layer.merge(&mut tree).unwrap();
         let mut layer = Layer::new(&mut tree, false);
         for entry in ["c=/d/b", ".wh.a", "fifo", "fifo2=fifo"] {
             add(&mut layer, &mut tree, entry).unwrap();
@@ -480,7 +553,7 @@ mod tests {
             let error = add(&mut layer, &mut tree, bad).unwrap_err().to_string();
             assert!(error.contains(expected), "{bad}: {error}");
         }
-        layer.merge(&mut tree);
+        layer.merge(&mut tree).unwrap();
         assert_eq!(list(&tree), ["c", "d/", "d/b", "fifo", "fifo2"]);
         let root = tree.root();
         let d = tree.child(root, b"d").unwrap();

@@ -145,7 +145,7 @@ type Stored<'p> = BufReader<Tap<'p, File>>;
 
 enum Decoder<'p> {
     Plain(Stored<'p>),
-    Gzip(flate2::bufread::MultiGzDecoder<Stored<'p>>),
+    Gzip(Box<flate2::bufread::MultiGzDecoder<Stored<'p>>>),
     Zstd(zstd::stream::read::Decoder<'static, Stored<'p>>),
 }
 
@@ -189,7 +189,7 @@ impl<'p> LayerStream<'p> {
         let path = layout.blob_path(&info.blob.digest);
         let fail = |e| MkfsError::io("read layer", &path, e);
         let decoder = match stored.fill_buf().map_err(fail)? {
-            [0x1f, 0x8b, ..] => Decoder::Gzip(flate2::bufread::MultiGzDecoder::new(stored)),
+            [0x1f, 0x8b, ..] => Decoder::Gzip(Box::new(flate2::bufread::MultiGzDecoder::new(stored))),
             // A frame, or a skippable frame in front of one.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
                 Decoder::Zstd(zstd::stream::read::Decoder::with_buffer(stored).map_err(fail)?)

@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use crate::error::{EntryProblem, show};
-use crate::layer::{Layer, Marker, split_path};
+use crate::layer::{Layer, Marker, MarkerFault, split_path};
 use crate::pack::{DataError, Packer};
 use crate::progress::Progress;
 use crate::tar::{TarEntry, TarFault, TarKind, TarReader};
@@ -47,8 +47,12 @@ pub(crate) fn read_layer<R: Read>(
         progress.advance(0, 1);
     }
     reader.drain().map_err(fault)?;
-    layer.merge(tree);
-    Ok(())
+    layer.merge(tree).map_err(|MarkerFault { offset, path, problem }| MkfsError::Entry {
+        layer: name.to_owned(),
+        path,
+        offset,
+        problem,
+    })
 }
 
 enum Fault {
@@ -86,7 +90,7 @@ fn add_entry<R: Read>(
     if let Some((name, parents)) = path.split_last()
         && let Some(marker) = Marker::of(name)?
     {
-        return Ok(layer.mark(tree, parents, marker)?);
+        return Ok(layer.mark(tree, parents, marker, entry.offset)?);
     }
     if entry.kind == TarKind::HardLink {
         return Ok(layer.add_link(tree, &path, &entry.link)?);

@@ -24,6 +24,9 @@ impl InodeId {
     }
 }
 
+/// An extended attribute as an input gives it: full name and value.
+pub(crate) type RawXattr = (Vec<u8>, Vec<u8>);
+
 /// One extended attribute, its name cut into EROFS' prefix and the rest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Xattr {
@@ -56,7 +59,7 @@ pub(crate) fn xattr_area(xattrs: &[Xattr]) -> u64 {
 
 /// Checks names and values, applies the rule for unknown namespaces, sorts. A name given twice keeps its last value.
 pub(crate) fn make_xattrs(
-    raw: Vec<(Vec<u8>, Vec<u8>)>,
+    raw: Vec<RawXattr>,
     unsupported: UnsupportedXattrs,
 ) -> Result<Vec<Xattr>, EntryProblem> {
     let mut last = BTreeMap::new();
@@ -69,8 +72,8 @@ pub(crate) fn make_xattrs(
             None => {
                 return Err(EntryProblem::Xattr {
                     name: crate::error::show(&name),
-                    reason: "has a name that EROFS cannot hold (it knows user., trusted., security. and POSIX ACLs); leave such attributes out with the option \
-                             unsupported_xattrs"
+                    reason: "has a name that EROFS cannot hold (it knows user., trusted., security. and POSIX ACLs); \
+                             leave such attributes out with the option unsupported_xattrs"
                         .to_owned(),
                 });
             }

@@ -1,4 +1,5 @@
 //! The documented test vector (rafs-v6 §24): the same tree gives the same blob, device and bootstrap.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

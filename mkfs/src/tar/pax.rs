@@ -3,6 +3,7 @@
 
 use crate::error::{EntryProblem, show};
 use crate::tar::sparse::PaxSparse;
+use crate::tree::RawXattr;
 
 /// What the PAX and GNU extensions in front of an entry say about it.
 #[derive(Debug, Default)]
@@ -13,7 +14,7 @@ pub(super) struct Extensions {
     pub(super) uid: Option<u64>,
     pub(super) gid: Option<u64>,
     pub(super) mtime: Option<(i64, u32)>,
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) xattrs: Vec<RawXattr>,
     pub(super) sparse: PaxSparse,
 }
 
@@ -33,9 +34,9 @@ impl Extensions {
     /// Takes the records of one extended header.
     pub(super) fn add_pax(&mut self, mut records: &[u8]) -> Result<(), EntryProblem> {
         while !records.is_empty() {
-            let (key, value, rest) = split_record(records)?;
+            let (record, rest) = split_record(records)?;
             records = rest;
-            self.add(key, value)?;
+            self.add(record.key, record.value)?;
         }
         Ok(())
     }
@@ -64,7 +65,13 @@ impl Extensions {
     }
 }
 
-fn split_record(records: &[u8]) -> Result<(&[u8], &[u8], &[u8]), EntryProblem> {
+struct Record<'r> {
+    key: &'r [u8],
+    value: &'r [u8],
+}
+
+/// Takes the first record off.
+fn split_record(records: &[u8]) -> Result<(Record<'_>, &[u8]), EntryProblem> {
     let bad = |why: &str| {
         let start = &records[..records.len().min(40)];
         EntryProblem::Header(format!("PAX record \"{}\" {why}", show(start)))
@@ -76,7 +83,7 @@ fn split_record(records: &[u8]) -> Result<(&[u8], &[u8], &[u8]), EntryProblem> {
     let (record, rest) = records.split_at(len);
     let body = record[space + 1..].strip_suffix(b"\n").ok_or_else(|| bad("does not end in a line end"))?;
     let equals = body.iter().position(|&b| b == b'=').ok_or_else(|| bad("has no \"=\""))?;
-    Ok((&body[..equals], &body[equals + 1..], rest))
+    Ok((Record { key: &body[..equals], value: &body[equals + 1..] }, rest))
 }
 
 /// Reads a decimal number.

@@ -6,6 +6,7 @@ use crate::error::{EntryProblem, show};
 use crate::tar::header::{checksum_is_right, number, unsigned};
 use crate::tar::pax::Extensions;
 use crate::tar::sparse::{self, Extent, PaxMap};
+use crate::tree::RawXattr;
 
 const BLOCK: usize = 512;
 const BLOCK_U64: u64 = 512;
@@ -39,7 +40,7 @@ pub(crate) struct TarEntry {
     pub(crate) gid: u32,
     pub(crate) mtime: (i64, u32),
     pub(crate) device: (u32, u32),
-    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) xattrs: Vec<RawXattr>,
     /// Size of the file.
     pub(crate) size: u64,
     /// Ranges with data; all other bytes are zero. Regular files that are not sparse have one.

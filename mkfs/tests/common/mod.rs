@@ -3,15 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use erofs_format::compression_info::CiHeader;
 use erofs_format::{FileKind, Image};
 use skimmer_fetcher::BlobRef;
 use skimmer_fetcher::digest::Digest;
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::oci::{self, Document, ImageManifest};
 use skimmer_mkfs::{Input, MkfsError, Options, Report, Selector, convert, device};
+use zerocopy::FromBytes as _;
 
 /// A tar under construction: ustar headers, PAX records where asked for.
 #[derive(Default, Clone)]
@@ -292,6 +294,20 @@ impl Converted {
     pub fn read_back(&self) -> BTreeMap<Vec<u8>, Node> {
         let image = self.image();
         assert_eq!(image.check().unwrap().wrong_link_counts, 0);
+        let dump = erofs_format::dump::dump(&self.bootstrap).unwrap();
+        assert_eq!((dump.unaccounted(), dump.overlapping()), (0, 0));
+        for (index, blob) in image.blobs().iter().enumerate() {
+            let mut file = self.open_blob(index);
+            file.seek(SeekFrom::Start(blob.ci_offset)).unwrap();
+            let mut ci = vec![0; blob.ci_compressed_size.try_into().unwrap()];
+            file.read_exact(&mut ci).unwrap();
+            let mut header = Vec::new();
+            file.read_to_end(&mut header).unwrap();
+            let header = CiHeader::read_from_bytes(&header).unwrap();
+            let checked = image.check_blob(index, &header, &ci).unwrap();
+            assert_eq!(checked.chunks, self.report.blobs[index].chunks as u64);
+            assert_eq!(checked.referenced, self.report.blobs[index].referenced_chunks as u64);
+        }
         let devices: Vec<Vec<u8>> = (0..image.blobs().len())
             .map(|index| {
                 let size = image.blobs()[index].uncompressed_size;
