@@ -1,6 +1,6 @@
 //! What must hold.
 
-use crate::support::{Bench, Client, byte_at, expected, fill, read};
+use crate::support::{Bench, Client, KeeperProcess, byte_at, expected, fill, read};
 use rustix::process::Signal;
 use skimmer_keeper::client::{Command, Keeper, KeeperError, Notice};
 use skimmer_keeper::protocol::{Errno, EventId, FileId};
@@ -356,6 +356,7 @@ fn killed_daemons_cost_no_byte(bench: &Bench) {
                 }
             });
         }
+        let _end = EndReaders { done: &done, keeper: &mut keeper };
         for kill in 0..KILLS {
             thread::sleep(Duration::from_millis(5 + kill % 7 * 5));
             worker.kill();
@@ -363,7 +364,6 @@ fn killed_daemons_cost_no_byte(bench: &Bench) {
             assert_eq!(worker.line(), "watching");
         }
         // The last worker still serves what waits when the readers are told to end.
-        done.store(true, Ordering::Relaxed);
     });
     let reads = reads.into_inner();
     eprintln!("{KILLS} kills, {reads} reads, {wrong:?} wrong bytes, {errors:?} errors");
@@ -374,6 +374,21 @@ fn killed_daemons_cost_no_byte(bench: &Bench) {
     let (mut client, welcome) = bench.connect();
     assert_eq!(welcome.files.len(), 1);
     drain(&mut client);
+}
+
+/// Tells the readers to end; when the scenario fails half way it also sets free those that wait.
+struct EndReaders<'a> {
+    done: &'a AtomicBool,
+    keeper: &'a mut KeeperProcess,
+}
+
+impl Drop for EndReaders<'_> {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+        if thread::panicking() {
+            self.keeper.kill();
+        }
+    }
 }
 
 /// The file is closed by its readers, so even incomplete it can be let go.

@@ -108,6 +108,10 @@ impl KeeperProcess {
         self.0.wait().unwrap()
     }
 
+    pub(crate) fn kill(&mut self) {
+        self.0.kill().unwrap();
+    }
+
     pub(crate) fn is_running(&mut self) -> bool {
         self.0.try_wait().unwrap().is_none()
     }
