@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
+mod docs;
 mod run;
 mod test;
 
@@ -13,6 +14,8 @@ use clap::Parser;
 enum Command {
     /// Run every check and test: format, lints, unit, property, simulator, real kernels on the host and in QEMU.
     Test(test::Options),
+    /// Write the parts of docs/ that the programs know best.
+    Docs(docs::Options),
     /// Start a container's program from a registry over a slow link, ours against pull-everything.
     Demo(demo::Options),
 }
@@ -20,6 +23,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::Test(options) => test::run(&options),
+        Command::Docs(options) => docs::run(&options),
         Command::Demo(options) => demo::run(&options),
     }
 }

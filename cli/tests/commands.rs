@@ -1,0 +1,181 @@
+//! The program as a user runs it, without a daemon: what it makes, and what it says when something is wrong.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn skimmer(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_skimmer"))
+        .args(args)
+        .current_dir(dir)
+        .env_remove("SKIMMER_CREDS")
+        .output()
+        .unwrap()
+}
+
+fn good(dir: &Path, args: &[&str]) -> String {
+    let output = skimmer(dir, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "skimmer {args:?}: {}\n{stderr}", output.status);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs a command that must fail, and returns its error text.
+fn bad(dir: &Path, args: &[&str]) -> String {
+    let output = skimmer(dir, args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "skimmer {args:?} should fail with 1\n{stderr}");
+    assert!(stderr.starts_with("error: "), "skimmer {args:?}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    stderr
+}
+
+/// A directory with a converted image `img` of a small tree in it.
+fn image() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir_all(tree.join("etc")).unwrap();
+    fs::write(tree.join("etc/hello"), "hello\n").unwrap();
+    fs::write(tree.join("big"), (0..300_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+    symlink("etc/hello", tree.join("link")).unwrap();
+    good(dir.path(), &["convert", "--quiet", "./tree", "./img"]);
+    dir
+}
+
+fn blobs(layout: &Path) -> Vec<(u64, PathBuf)> {
+    let mut blobs: Vec<_> = fs::read_dir(layout.join("blobs/sha256"))
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            (entry.metadata().unwrap().len(), entry.path())
+        })
+        .collect();
+    blobs.sort();
+    blobs
+}
+
+#[test]
+fn a_directory_becomes_a_sound_image() {
+    let dir = image();
+    let check: Value = serde_json::from_str(&good(dir.path(), &["check", "--json", "./img"])).unwrap();
+    assert_eq!(check["sound"], true);
+    assert_eq!(check["names"], 5);
+    let inspect: Value = serde_json::from_str(&good(dir.path(), &["inspect", "--json", "oci:./img"])).unwrap();
+    assert_eq!(inspect["tree"]["files"], 2);
+    assert_eq!(inspect["tree"]["file_bytes"], 1_200_006);
+    assert!(good(dir.path(), &["inspect", "--dump", "./img"]).contains("superblock"));
+}
+
+#[test]
+fn two_conversions_are_the_same() {
+    let dir = image();
+    for option in [&["--threads", "1"][..], &["--threads", "3"]] {
+        let args = [&["convert", "--quiet", "./tree", "./again"], option].concat();
+        good(dir.path(), &args);
+        assert_eq!(blobs(&dir.path().join("img")).len(), blobs(&dir.path().join("again")).len());
+        for (_, blob) in blobs(&dir.path().join("img")) {
+            let again = dir.path().join("again/blobs/sha256").join(blob.file_name().unwrap());
+            assert_eq!(fs::read(&blob).unwrap(), fs::read(again).unwrap());
+        }
+        fs::remove_dir_all(dir.path().join("again")).unwrap();
+    }
+}
+
+#[test]
+fn an_archive_is_an_image_too() {
+    let dir = image();
+    good(dir.path(), &["convert", "--quiet", "./tree", "oci-archive:img.tar"]);
+    assert!(good(dir.path(), &["check", "oci-archive:img.tar"]).contains("is sound"));
+}
+
+#[test]
+fn a_flipped_byte_is_found_and_named() {
+    let dir = image();
+    let (_, blob) = blobs(&dir.path().join("img")).pop().unwrap();
+    let mut bytes = fs::read(&blob).unwrap();
+    bytes[1000] ^= 1;
+    fs::write(&blob, bytes).unwrap();
+    let output = skimmer(dir.path(), &["check", "./img"]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let name = blob.file_name().unwrap().to_str().unwrap();
+    assert!(said.contains(name) && said.contains("chunk of"), "{said}");
+}
+
+#[test]
+fn a_truncated_blob_is_found_and_named() {
+    let dir = image();
+    let (len, blob) = blobs(&dir.path().join("img")).pop().unwrap();
+    fs::OpenOptions::new().write(true).open(&blob).unwrap().set_len(len / 2).unwrap();
+    let said = bad(dir.path(), &["check", "./img"]);
+    assert!(said.contains(blob.file_name().unwrap().to_str().unwrap()), "{said}");
+}
+
+#[test]
+fn a_damaged_bootstrap_is_found() {
+    let dir = image();
+    let manifest: Value = {
+        let index: Value =
+            serde_json::from_str(&fs::read_to_string(dir.path().join("img/index.json")).unwrap()).unwrap();
+        let digest = index["manifests"][0]["digest"].as_str().unwrap().replace("sha256:", "");
+        let path = dir.path().join("img/blobs/sha256").join(digest);
+        serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let layer = manifest["layers"].as_array().unwrap().last().unwrap();
+    let digest = layer["digest"].as_str().unwrap().replace("sha256:", "");
+    let path = dir.path().join("img/blobs/sha256").join(&digest);
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x55;
+    fs::write(&path, bytes).unwrap();
+    for command in ["check", "inspect"] {
+        let said = bad(dir.path(), &[command, "./img"]);
+        assert!(said.contains(&digest), "{said}");
+    }
+}
+
+#[test]
+fn wrong_names_get_the_right_one() {
+    let dir = image();
+    let said = bad(dir.path(), &["check", "./tree"]);
+    assert!(said.contains("skimmer convert"), "{said}");
+    let said = bad(dir.path(), &["mount", "./tree", "."]);
+    assert!(said.contains("skimmer convert"), "{said}");
+    let said = bad(dir.path(), &["check", "./nothing"]);
+    assert!(said.contains("no such file"), "{said}");
+    let said = bad(dir.path(), &["push", "./img", "./elsewhere"]);
+    assert!(said.contains("docker://"), "{said}");
+    let said = bad(dir.path(), &["mount", "./img", "./nowhere"]);
+    assert!(said.contains("nowhere"), "{said}");
+    let said = bad(dir.path(), &["status", "--socket", "./none.sock"]);
+    assert!(said.contains("none.sock") && said.contains("remedy: "), "{said}");
+}
+
+#[test]
+fn an_image_that_was_not_converted_is_refused_with_the_way_to_do_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let digest = |bytes: &str| skimmer_fetcher::Digest::of(bytes.as_bytes());
+    let layout = dir.path().join("plain");
+    fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
+    let put = |text: &str| fs::write(layout.join("blobs/sha256").join(digest(text).hex()), text).unwrap();
+    let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{}}"#;
+    put(config);
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{}","size":{}}},"layers":[]}}"#,
+        digest(config),
+        config.len()
+    );
+    put(&manifest);
+    let index = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":{}}}]}}"#,
+        digest(&manifest),
+        manifest.len()
+    );
+    fs::write(layout.join("index.json"), index).unwrap();
+    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    let said = bad(dir.path(), &["check", "./plain"]);
+    assert!(said.contains("not converted") && said.contains("skimmer convert"), "{said}");
+}

@@ -1,0 +1,69 @@
+//! `cargo xtask docs`: the parts of `docs/` that the programs themselves know best.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::run;
+
+/// Whether to write or to compare.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Fail when a file in docs/ is not what the programs say, instead of writing it.
+    #[arg(long)]
+    check: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    run::check(&mut run::cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
+    let mut stale = Vec::new();
+    for (name, text) in [("cli.md", cli()?), ("configuration.md", configuration()?)] {
+        let path = run::workspace().join("docs").join(name);
+        if options.check {
+            if fs::read_to_string(&path).unwrap_or_default() != text {
+                stale.push(name);
+            }
+        } else {
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    if !stale.is_empty() {
+        bail!("docs/{} is out of date; run: cargo xtask docs", stale.join(", docs/"));
+    }
+    Ok(())
+}
+
+fn help(program: &Path, args: &[&str]) -> Result<String> {
+    // The width of the terminal must not be in the document.
+    let mut command = run::command(program.to_str().context("the target folder is not UTF-8")?, args);
+    let text = run::output(command.env("COLUMNS", "100"))?;
+    Ok(text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n").trim().to_owned())
+}
+
+fn cli() -> Result<String> {
+    let bin = |name: &str| run::target_dir().join("debug").join(name);
+    let main = help(&bin("skimmer"), &["--help"])?;
+    let mut text = format!("# Command line\n\nWritten by `cargo xtask docs`.\n\n## skimmer\n\n```\n{main}\n```\n");
+    let commands = main.lines().skip_while(|line| *line != "Commands:").skip(1);
+    for line in commands.take_while(|line| !line.is_empty()) {
+        let Some(name) = line.strip_prefix("  ").and_then(|line| line.split(' ').next()) else { continue };
+        if name.is_empty() || name == "help" {
+            continue;
+        }
+        let help = help(&bin("skimmer"), &[name, "--help"])?;
+        text.push_str(&format!("\n## skimmer {name}\n\n```\n{help}\n```\n"));
+    }
+    for program in ["skimmerd", "skimmer-keeper"] {
+        text.push_str(&format!("\n## {program}\n\n```\n{}\n```\n", help(&bin(program), &["--help"])?));
+    }
+    Ok(text)
+}
+
+fn configuration() -> Result<String> {
+    let defaults = help(&run::target_dir().join("debug/skimmerd"), &["--print-default-config"])?;
+    Ok(format!(
+        "# Configuration\n\nWritten by `cargo xtask docs`: what `skimmerd --print-default-config` prints. Every option has this \
+         default; an unknown one is an error.\n\n```toml\n{defaults}\n```\n"
+    ))
+}
