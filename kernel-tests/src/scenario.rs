@@ -9,7 +9,7 @@ use skimmer_vm_images::run;
 use crate::fixture::{self, LATE_FILE, LATE_SIZE};
 use crate::registry::{PACKAGE, Registry};
 use crate::skimmer::{Node, programs};
-use crate::tree::{Entry, compare, list, report};
+use crate::tree::{Entry, compare, report};
 
 /// Debian packages that the story needs on the host.
 pub const PACKAGES: [&str; 4] = [PACKAGE, "umoci", "tar", "e2fsprogs"];
@@ -36,8 +36,7 @@ impl Stage {
     pub fn set(scratch: &Path) -> Result<Self> {
         let hard = scratch.join("hard");
         fixture::hard_image(&hard)?;
-        let unpacked = fixture::unpack(&hard, "gzip", &scratch.join("bundle"))?;
-        let oracle = list(&unpacked)?;
+        let oracle = fixture::oracle(&hard, &scratch.join("bundle"))?;
         let late = scratch.join("late");
         fixture::late_image(&late, 0)?;
         let registry = Registry::start(&scratch.join("registry"))?;
@@ -130,6 +129,9 @@ pub fn play(stage: &mut Stage, node: &mut Node<'_>, directory: &str, mode: &str)
     ensure!(node.list(&hard)?.len() == 1, "something is still mounted on {hard}");
     let mounts = node.status()?["mounts"].as_array().map(Vec::len);
     ensure!(mounts == Some(0), "the daemon still knows of mounts: {mounts:?}");
+
+    step("daemon and keeper end");
+    node.stop()?;
     Ok(())
 }
 

@@ -142,10 +142,10 @@ impl<'a> Node<'a> {
     /// # Errors
     /// It does not come up.
     pub fn start_daemon(&self) -> Result<()> {
+        let (daemon, configuration) = self.daemon();
         let line = format!(
-            "exec setsid {}/skimmerd --config {d}/skimmerd.toml >> {d}/skimmerd.log 2>&1 &",
-            self.programs,
-            d = self.directory
+            "exec setsid {daemon} --config {configuration} >> {}/skimmerd.log 2>&1 &",
+            self.directory
         );
         self.machine.check(&["sh", "-c", &line], SHORT)?;
         let deadline = Instant::now() + SHORT;
@@ -184,6 +184,30 @@ impl<'a> Node<'a> {
         Ok(())
     }
 
+    /// Ends the daemon and its keeper.
+    ///
+    /// # Errors
+    /// One of them stays, or nothing runs.
+    pub fn stop(&self) -> Result<()> {
+        let (daemon, configuration) = self.daemon();
+        let output = self.machine.run(&[&daemon, "--stop-all", "--config", &configuration], SHORT)?;
+        ensure!(output.success() && output.stderr.is_empty(), "skimmerd --stop-all: {}", output.describe());
+        // The answer comes before the end of the two processes.
+        let sockets = ["skimmerd.sock", "keeper.sock"].map(|name| format!("{}/{name}", self.directory));
+        let deadline = Instant::now() + SHORT;
+        for socket in &sockets {
+            while self
+                .machine
+                .run(&["sh", "-c", &format!("grep -q {socket} /proc/net/unix")], SHORT)?
+                .success()
+            {
+                ensure!(Instant::now() < deadline, "something still listens on {socket}");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+        Ok(())
+    }
+
     /// Lists a tree on the node's machine.
     ///
     /// # Errors
@@ -219,6 +243,11 @@ impl<'a> Node<'a> {
         output.map_or_else(|error| error.to_string(), |output| output.describe())
     }
 
+    /// The daemon's program and its configuration.
+    fn daemon(&self) -> (String, String) {
+        (format!("{}/skimmerd", self.programs), format!("{}/skimmerd.toml", self.directory))
+    }
+
     fn socket(&self) -> String {
         format!("{}/skimmerd.sock", self.directory)
     }
@@ -231,25 +260,19 @@ impl<'a> Node<'a> {
 }
 
 impl Drop for Node<'_> {
-    /// Unmounts and ends the daemon, as far as they are there.
+    /// Unmounts and ends what still runs.
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("skimmerd: {}", self.log());
-            if self.status().is_err() {
-                // Without a daemon nothing could be unmounted in good order.
-                let _ = self.start_daemon();
-            }
+        }
+        if self.status().is_ok()
+            && let Err(error) = self.stop()
+        {
+            eprintln!("cleaning up: {error:#}");
         }
         for target in std::mem::take(&mut self.mounts) {
-            if let Err(error) = self.skimmer(&["umount", &target]) {
-                eprintln!("{error:#}");
-                let _ = self.machine.run(&["umount", "-l", &target], SHORT);
-            }
-        }
-        if let Ok(status) = self.status()
-            && let Some(pid) = status["pid"].as_u64()
-        {
-            let _ = self.machine.run(&["sh", "-c", &format!("kill -TERM {pid}")], SHORT);
+            // Without a daemon that is all that can be done; an unmounted target makes it fail, as it should.
+            let _ = self.machine.run(&["umount", "-l", &target], SHORT);
         }
     }
 }

@@ -17,11 +17,6 @@ fn umoci_unpacks_the_hard_image() {
     hard_image(&layout).unwrap();
     let root = unpack(&layout, "gzip", &scratch.path().join("bundle")).unwrap();
     let entries = list(&root).unwrap();
-    if std::env::var_os("SHOW").is_some() {
-        for entry in &entries {
-            eprintln!("{}", serde_json::to_string(entry).unwrap());
-        }
-    }
     let find = |path: &str| entries.iter().find(|entry| entry.path == path);
     for gone in ["deleted", "deleted-tree", "opaque/old", "opaque/sub", "late-opaque/old", "links/pair-1"] {
         assert!(find(gone).is_none(), "{gone} is still there");
