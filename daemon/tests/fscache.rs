@@ -378,6 +378,28 @@ fn chunks_larger_than_memory_are_refused_and_tight_memory_is_enough() {
 }
 
 #[test]
+fn a_full_disk_fails_the_read() {
+    let made = blob(19, 3, 20_000);
+    let cache = Cache::new();
+    cache.rig.add(&made, ReadyBits::new(), vec![Memory::new("memory", &made)]);
+    cache.expect(&made);
+    let full = Path::new("/dev/full");
+    let msg_id =
+        cache.kernel.open(1, VOLUME, &made.id().hex(), File::options().write(true).open(full).unwrap());
+    let size = i64::try_from(made.spec.device_bytes).unwrap();
+    assert_eq!(cache.reply(), Reply::Copen { msg_id: msg_id.unwrap(), size });
+    let msg_id = cache.kernel.read(1, 0, 4096).unwrap();
+    assert_eq!(cache.reply(), Reply::ReadComplete { msg_id, object_id: 1 });
+    cache
+        .rig
+        .until("told", || cache.rig.sink.faults().iter().any(|message| message.contains("no space left")));
+    assert_eq!(cache.rig.metric(r#"skimmer_reads_total{mode="fscache",result="failed"}"#), 1.0);
+    assert!(cache.rig.metric(r#"skimmer_write_errors_total{mode="fscache"}"#) > 0.0);
+    assert_eq!(cache.rig.sink.ready(Mode::Fscache), ReadyBits::new());
+    cache.stop();
+}
+
+#[test]
 fn settings_that_cannot_work_are_refused() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     for budget in [0, 4096, (1 << 20) + 1, (1 << 30) + 4096] {

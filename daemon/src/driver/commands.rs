@@ -18,6 +18,7 @@ use crate::blob::{BlobChunk, BlobId, BlobSpec, ReadyBits};
 use crate::frontend::FscacheSetup;
 use crate::frontend::fanotify::WatchState;
 use crate::frontend::fscache::{CookieKey, Fscache};
+use crate::ring::For;
 
 /// Requests of the daemon whose answer has to wait for something.
 #[derive(Default)]
@@ -295,7 +296,7 @@ impl Driver {
     fn bind(&mut self, setup: &FscacheSetup, device: Device) -> Result<(), DriverError> {
         let fscache = Fscache::bind(setup, device, self.runtime.clone())
             .map_err(|error| DriverError::Unavailable { mode: "fscache", why: error.to_string() })?;
-        let poll = self.ring.poll(fscache.device().clone(), false, DEVICE);
+        let poll = self.ring.poll(fscache.device().clone(), For::Reading, DEVICE);
         poll.map_err(|error| DriverError::system("polling /dev/cachefiles", error))?;
         self.fscache = Some(fscache);
         Ok(())
@@ -329,6 +330,7 @@ impl Driver {
                 blobs[at].files.push(FileStatus {
                     mode: object.key.mode(),
                     ready_bytes: object.spec.ready_bytes(&object.ready),
+                    reads: object.asked,
                     pending_reads: object.reads,
                     flights: object.flights,
                 });

@@ -84,6 +84,8 @@ pub struct FileStatus {
     pub mode: Mode,
     /// Referenced bytes that are on disk and verified.
     pub ready_bytes: u64,
+    /// Kernel requests for its data since it was watched or opened.
+    pub reads: u64,
     /// Kernel requests for it that wait.
     pub pending_reads: u64,
     /// Fetches of it under way.

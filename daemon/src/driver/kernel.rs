@@ -8,12 +8,13 @@ use skimmer_keeper::client::KeeperError;
 use skimmer_keeper::protocol::{Errno, EventId, FileId};
 
 use super::objects::{FileKey, engine_view};
-use super::{DEVICE, Driver, KEEPER};
+use super::{DEVICE, Driver, KEEPER, KEEPER_ROOM};
 use crate::blob::{BlobId, ReadyBits};
 use crate::frontend::fanotify::Told;
 use crate::frontend::fscache::{CookieKey, Heard};
 use crate::frontend::{CookieRole, Mode};
 use crate::metrics::{ReadResult, RequestKind};
+use crate::ring::For;
 
 /// How to answer a read.
 pub(super) enum Ticket {
@@ -54,14 +55,35 @@ impl Driver {
                 Ok(Some(Told::Unwatched { blob, result })) => self.unwatched(blob, result),
                 Ok(Some(Told::Device(device))) => self.device_came(device),
                 Ok(None) => {
-                    let (socket, write) = (fanotify.socket().clone(), fanotify.wants_write());
-                    if let Err(error) = self.ring.poll(socket, write, KEEPER) {
+                    let socket = fanotify.socket().clone();
+                    if let Err(error) = self.ring.poll(socket, For::Reading, KEEPER) {
                         self.fault(None, &format!("the keeper's socket can no longer be polled: {error}"));
                     }
                     return;
                 }
                 Err(error) => return self.keeper_lost(&error),
             }
+        }
+    }
+
+    /// Polls the keeper's socket for room when answers wait for it: nothing else would wake us for them.
+    pub(super) fn await_room(&mut self) {
+        let Some(fanotify) = &self.fanotify else { return };
+        if self.room_polled || !fanotify.wants_room() {
+            return;
+        }
+        match self.ring.poll(fanotify.socket().clone(), For::Writing, KEEPER_ROOM) {
+            Ok(()) => self.room_polled = true,
+            Err(error) => self.fault(None, &format!("the keeper's socket can no longer be polled: {error}")),
+        }
+    }
+
+    pub(super) fn keeper_has_room(&mut self) {
+        self.room_polled = false;
+        if let Some(fanotify) = &mut self.fanotify
+            && let Err(error) = fanotify.flush()
+        {
+            self.keeper_lost(&error);
         }
     }
 
@@ -79,6 +101,10 @@ impl Driver {
         let Some(fanotify) = &self.fanotify else { return };
         let Parked { event, file, offset, count, since } = access;
         let Some(blob) = fanotify.blob(file) else {
+            if fanotify.is_finished(file) {
+                self.metrics.read_done(Mode::Fanotify, ReadResult::hit, since.elapsed());
+                return self.answer_event(event, Ok(()));
+            }
             let why = if fanotify.is_stranger(file) { "is no blob of ours" } else { "is not watched" };
             self.fault(None, &format!("an access to file {} is denied: it {why}", file.0));
             return self.answer_event(event, Err(Errno::IO));
@@ -105,6 +131,7 @@ impl Driver {
         self.next_read += 1;
         if let Some(object) = self.objects.get_mut(object) {
             object.reads += 1;
+            object.asked += 1;
             self.metrics.asked_bytes.get_or_create(&object.key.mode().into()).inc_by(len);
         }
         self.reads.insert(read, Read { object, ticket, offset, len, since, turn: self.turn });
@@ -196,7 +223,7 @@ impl Driver {
                 Ok(Some(heard)) => self.heard(heard),
                 Ok(None) => {
                     let device = fscache.device().clone();
-                    if let Err(error) = self.ring.poll(device, false, DEVICE) {
+                    if let Err(error) = self.ring.poll(device, For::Reading, DEVICE) {
                         self.fault(None, &format!("/dev/cachefiles can no longer be polled: {error}"));
                     }
                     return;

@@ -33,10 +33,12 @@ use crate::frontend::fanotify::Fanotify;
 use crate::frontend::fscache::{CookieKey, Fscache};
 use crate::frontend::{CookieRole, Frontends};
 use crate::metrics::{Metrics, Stage};
-use crate::ring::{Event, Ring};
+use crate::ring::{Event, For, Ring};
 
 /// Poll token of the keeper's socket.
 const KEEPER: u64 = 1;
+/// Poll token of the keeper's socket when commands wait for room in it.
+const KEEPER_ROOM: u64 = 3;
 /// Poll token of the cachefiles device.
 const DEVICE: u64 = 2;
 
@@ -76,6 +78,8 @@ pub struct Driver {
     epoch: Instant,
     /// Counts the turns of the loop: a read completed in the turn it came in was a hit.
     turn: u64,
+    /// The keeper's socket is polled for room.
+    room_polled: bool,
     next_read: u64,
     /// Set by a shutdown: nothing new is begun.
     stopping: bool,
@@ -95,6 +99,7 @@ impl Driver {
         let (started, outcome) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("skimmer-driver".to_owned());
         let thread = thread.spawn(move || {
+            let _guard = AbortOnPanic;
             // The ring belongs to the thread that makes it, so the driver is made here.
             match Self::new(config, frontends, sink, metrics, runtime, receiver) {
                 Ok(driver) => {
@@ -131,8 +136,16 @@ impl Driver {
         let bytes = usize::try_from(budget)
             .map_err(|_| DriverError::Config("the memory budget passes the address space".to_owned()))?;
         let ring = Ring::new(config.ring_entries, bytes);
-        let (mut ring, arena) =
-            ring.map_err(|error| DriverError::system("setting up io_uring and its buffer memory", error))?;
+        let (mut ring, arena) = ring.map_err(|error| {
+            let hint = match error.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    " (is it switched off? see sysctl kernel.io_uring_disabled)"
+                }
+                io::ErrorKind::Unsupported => " (skimmerd needs Linux 5.11)",
+                _ => "",
+            };
+            DriverError::system(format!("setting up io_uring and its buffer memory{hint}"), error)
+        })?;
         let mut engine_config = config.engine.clone();
         engine_config.budget_bytes = budget;
         // Two of the largest flights fit side by side, however the memory is cut up.
@@ -142,7 +155,7 @@ impl Driver {
             Some((keeper, welcome)) => {
                 let fanotify = Fanotify::new(keeper, welcome, &mut ring)
                     .map_err(|error| DriverError::system("duplicating the keeper's socket", error))?;
-                let poll = ring.poll(fanotify.socket().clone(), fanotify.wants_write(), KEEPER);
+                let poll = ring.poll(fanotify.socket().clone(), For::Reading, KEEPER);
                 poll.map_err(|error| DriverError::system("polling the keeper's socket", error))?;
                 Some(fanotify)
             }
@@ -175,6 +188,7 @@ impl Driver {
             waiting: Waiting::default(),
             epoch: Instant::now(),
             turn: 0,
+            room_polled: false,
             next_read: 0,
             stopping: false,
         })
@@ -201,6 +215,7 @@ impl Driver {
             self.do_outputs();
             self.start_planned();
             self.settle();
+            self.await_room();
             if self.stopping && self.ring.writes() == 0 {
                 return Ok(());
             }
@@ -211,6 +226,7 @@ impl Driver {
                 match event {
                     Event::Woken => {}
                     Event::Ready { token: KEEPER } => self.hear_keeper(),
+                    Event::Ready { token: KEEPER_ROOM } => self.keeper_has_room(),
                     Event::Ready { token: DEVICE } => self.hear_device(),
                     Event::Ready { token } => tracing::error!(token, "readiness of nothing that is polled"),
                     Event::Written { tag, len, result } => self.written(WriteId(tag), len, result),
@@ -283,6 +299,19 @@ impl Driver {
             None => tracing::warn!("{message}"),
         }
         self.sink.fault(blob, message);
+    }
+}
+
+/// A driver that panicked leaves readers waiting in a process that looks alive. Ending the process is better: the
+/// keeper holds what must not close, and the next daemon is sent everything that waits.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("the data path panicked; ending the process, the keeper holds what waits");
+            std::process::abort();
+        }
     }
 }
 

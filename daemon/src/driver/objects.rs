@@ -78,6 +78,8 @@ pub(super) struct Object {
     pub(super) ready: ReadyBits,
     /// Reads that wait.
     pub(super) reads: u64,
+    /// Reads since the file was watched or opened.
+    pub(super) asked: u64,
     /// Flights not released.
     pub(super) flights: u64,
     /// Writes under way.
@@ -143,6 +145,7 @@ impl Objects {
             coming: None,
             ready,
             reads: 0,
+            asked: 0,
             flights: 0,
             writes: 0,
             last_error: None,

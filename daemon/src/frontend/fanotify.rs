@@ -39,7 +39,7 @@ struct Watched {
 
 enum Asked {
     Watch(BlobId),
-    Unwatch(BlobId),
+    Unwatch { blob: BlobId, complete: bool },
     Device,
 }
 
@@ -52,6 +52,9 @@ pub(crate) struct Fanotify {
     files: HashMap<FileId, BlobId>,
     /// Files with a label that is no blob id: somebody else's, whose events we can only deny.
     strangers: HashSet<FileId>,
+    /// Files whose mark was removed because all of them was there. An access that the kernel had let out before may
+    /// still come.
+    finished: HashSet<FileId>,
     asked: HashMap<u32, Asked>,
     next_file: u64,
 }
@@ -65,6 +68,7 @@ impl Fanotify {
             blobs: HashMap::new(),
             files: HashMap::new(),
             strangers: HashSet::new(),
+            finished: HashSet::new(),
             asked: HashMap::new(),
             next_file: 1,
         };
@@ -95,8 +99,13 @@ impl Fanotify {
     }
 
     /// Whether commands wait for room in the socket.
-    pub(crate) fn wants_write(&self) -> bool {
+    pub(crate) fn wants_room(&self) -> bool {
         self.keeper.wants_write()
+    }
+
+    /// Sends commands that waited for room.
+    pub(crate) fn flush(&mut self) -> Result<(), KeeperError> {
+        self.keeper.flush()
     }
 
     pub(crate) fn state(&self, blob: BlobId) -> Option<WatchState> {
@@ -106,6 +115,11 @@ impl Fanotify {
     /// The blob of a watched file.
     pub(crate) fn blob(&self, file: FileId) -> Option<BlobId> {
         self.files.get(&file).copied()
+    }
+
+    /// Whether the file was complete when its mark was removed: its accesses need nothing.
+    pub(crate) fn is_finished(&self, file: FileId) -> bool {
+        self.finished.contains(&file)
     }
 
     /// Whether events of the file can never be served.
@@ -135,7 +149,7 @@ impl Fanotify {
         let Some(watched) = self.blobs.get_mut(&blob) else { return Ok(()) };
         let seq = self.keeper.send(Command::Unwatch { file: watched.file, complete })?;
         watched.state = WatchState::Leaving;
-        self.asked.insert(seq, Asked::Unwatch(blob));
+        self.asked.insert(seq, Asked::Unwatch { blob, complete });
         Ok(())
     }
 
@@ -170,7 +184,7 @@ impl Fanotify {
                         }
                         return Ok(Some(Told::Watched { blob, result }));
                     }
-                    Some(Asked::Unwatch(blob)) => {
+                    Some(Asked::Unwatch { blob, complete }) => {
                         match &result {
                             Err(errno) if errno.raw() != libc::ENOENT => {
                                 if let Some(watched) = self.blobs.get_mut(&blob) {
@@ -178,7 +192,11 @@ impl Fanotify {
                                 }
                             }
                             // Gone, or never there.
-                            _ => self.forget(blob),
+                            _ => {
+                                let file = self.blobs.get(&blob).map(|watched| watched.file);
+                                self.finished.extend(file.filter(|_| complete));
+                                self.forget(blob);
+                            }
                         }
                         return Ok(Some(Told::Unwatched { blob, result }));
                     }

@@ -54,9 +54,8 @@ impl Waker {
     fn take(&self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.0.eventfd, &mut count);
-        self.0.pending.store(false, Ordering::Release);
-        // Pairs with the swap in `wake`: a message put there before the swap is seen after this.
-        std::sync::atomic::fence(Ordering::SeqCst);
+        // Pairs with the swap in `wake`: a message put there before a wake that wrote nothing is seen after this.
+        self.0.pending.swap(false, Ordering::AcqRel);
     }
 }
 
@@ -69,6 +68,15 @@ impl WriteFile {
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
     }
+}
+
+/// What a polled descriptor is to be ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum For {
+    /// Something can be read.
+    Reading,
+    /// There is room to write.
+    Writing,
 }
 
 /// Something that happened.
@@ -135,12 +143,15 @@ impl Ring {
 
     fn arm_waker(&mut self) -> io::Result<()> {
         let fd = Arc::clone(&self.waker.0.eventfd);
-        self.poll(fd, false, WAKE)
+        self.poll(fd, For::Reading, WAKE)
     }
 
-    /// Reports once when `fd` can be read, or is in error, or (`write`) can be written.
-    pub fn poll(&mut self, fd: Arc<dyn AsFd + Send + Sync>, write: bool, token: u64) -> io::Result<()> {
-        let events = if write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+    /// Reports once when `fd` is ready for that, or in error.
+    pub fn poll(&mut self, fd: Arc<dyn AsFd + Send + Sync>, wanted: For, token: u64) -> io::Result<()> {
+        let events = match wanted {
+            For::Reading => PollFlags::IN,
+            For::Writing => PollFlags::OUT,
+        };
         let events = u32::from(events.bits());
         self.uring.start(Op::Poll { fd, events, token }).map_err(|(_, error)| error)
     }

@@ -123,7 +123,7 @@ fn a_short_write_of_the_kernel_is_taken_up_again() {
 fn polls_report_once_and_wakes_are_not_lost() {
     let (mut ring, _arena) = Ring::new(4, BLOCK).unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();
-    ring.poll(Arc::new(reader), false, 5).unwrap();
+    ring.poll(Arc::new(reader), For::Reading, 5).unwrap();
     ring.wait(Some(Duration::ZERO)).unwrap();
     assert!(ring.next_event().is_none());
     rustix::io::write(&writer, b"x").unwrap();
@@ -171,7 +171,7 @@ fn closing_and_dropping_wait_for_writes() {
         let (mut ring, arena) = Ring::new(4, MANY).unwrap();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         rustix::pipe::fcntl_setpipe_size(&writer, BLOCK).unwrap();
-        ring.poll(Arc::new(reader.try_clone().unwrap()), false, 1).unwrap();
+        ring.poll(Arc::new(reader.try_clone().unwrap()), For::Reading, 1).unwrap();
         let target = ring.file(Arc::new(writer), false);
         ring.write(run(&arena, 2, 1), &target, 0, 9);
         ring.wait(Some(Duration::ZERO)).unwrap();
