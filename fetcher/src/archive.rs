@@ -205,8 +205,9 @@ impl Archive {
             let mut tar = tar::Builder::new(io::BufWriter::new(file));
             tar.mode(tar::HeaderMode::Deterministic);
             let blobs = layout.root().join("blobs/sha256");
-            let mut names: Vec<_> =
-                std::fs::read_dir(&blobs)?.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<_, _>>()?;
+            let mut names: Vec<_> = std::fs::read_dir(&blobs)?
+                .map(|entry| entry.map(|entry| entry.file_name()))
+                .collect::<Result<_, _>>()?;
             names.retain(|name| name.to_str().is_some_and(|name| Digest::from_hex(name).is_ok()));
             names.sort();
             for name in ["oci-layout", "index.json"] {
@@ -233,13 +234,18 @@ impl Source for Archive {
 
     async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
         check_range(&self.name, blob, &range)?;
-        let error = |class, detail: String| SourceError::new(class, self.name.as_str(), detail).reading(blob, range.clone());
+        let error = |class, detail: String| {
+            SourceError::new(class, self.name.as_str(), detail).reading(blob, range.clone())
+        };
         let Some(place) = self.blobs.get(&blob.digest) else {
             return Err(error(ErrorClass::NotFound, "the blob is not in the archive".to_owned()));
         };
         let size = place.end - place.start;
         if size != blob.size {
-            return Err(error(ErrorClass::Corrupt, format!("{size} bytes, its descriptor says {}", blob.size)));
+            return Err(error(
+                ErrorClass::Corrupt,
+                format!("{size} bytes, its descriptor says {}", blob.size),
+            ));
         }
         let path = self.path.clone();
         let file = off_thread(move || File::open(path)).await;

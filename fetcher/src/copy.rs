@@ -134,15 +134,12 @@ pub enum CopyError {
 }
 
 /// Copies an image. The destination gets the name that its reference has.
-pub async fn copy(
-    from: &Reference,
-    to: &Reference,
-    options: &CopyOptions,
-) -> Result<CopyReport, CopyError> {
+pub async fn copy(from: &Reference, to: &Reference, options: &CopyOptions) -> Result<CopyReport, CopyError> {
     match (from, to) {
-        (_, Reference::Tree(dir)) => {
-            Err(CopyError::Destination(format!("{} is a plain directory, which holds no image", dir.display())))
-        }
+        (_, Reference::Tree(dir)) => Err(CopyError::Destination(format!(
+            "{} is a plain directory, which holds no image",
+            dir.display()
+        ))),
         (_, Reference::Layout { dir, tag }) => {
             let dir = dir.clone();
             let layout = run(move || Layout::open_or_create(dir)).await?;
@@ -171,7 +168,8 @@ pub async fn copy(
 
 async fn scratch() -> Result<(tempfile::TempDir, Layout), CopyError> {
     run(|| {
-        let dir = tempfile::tempdir().map_err(|error| CopyError::Destination(format!("temporary directory: {error}")))?;
+        let dir = tempfile::tempdir()
+            .map_err(|error| CopyError::Destination(format!("temporary directory: {error}")))?;
         let layout = Layout::create(dir.path())?;
         Ok((dir, layout))
     })
@@ -189,11 +187,7 @@ struct Contents {
 /// Most manifests that one index may lead to.
 const MAX_MANIFESTS: usize = 256;
 
-async fn contents(
-    place: &Place,
-    from: &Reference,
-    images: &Images,
-) -> Result<Contents, CopyError> {
+async fn contents(place: &Place, from: &Reference, images: &Images) -> Result<Contents, CopyError> {
     let image = from.to_string();
     let document = |error: DocumentError| CopyError::Document { image: image.clone(), error };
     let top = match images {
@@ -396,9 +390,10 @@ async fn push_blob(
     }
     options.tell(Progress::Start(blob));
     let path = from.blob_path(&blob.digest);
-    let sent = options.progress.clone().map(|tell| -> SentFn {
-        Arc::new(move |count| tell(Progress::Bytes(blob.digest, count)))
-    });
+    let sent = options
+        .progress
+        .clone()
+        .map(|tell| -> SentFn { Arc::new(move |count| tell(Progress::Bytes(blob.digest, count))) });
     retry(options, || async { Ok(registry.put_blob(&blob, &path, sent.clone()).await?) }).await?;
     options.tell(Progress::Done(blob));
     Ok(Some(blob.size))

@@ -77,7 +77,10 @@ struct Inner {
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let hosts: Vec<_> = self.0.fixed.iter().map(|(host, _)| host).collect();
-        f.debug_struct("Credentials").field("fixed", &hosts).field("files", &self.0.files).finish_non_exhaustive()
+        f.debug_struct("Credentials")
+            .field("fixed", &hosts)
+            .field("files", &self.0.files)
+            .finish_non_exhaustive()
     }
 }
 
@@ -104,7 +107,8 @@ impl Credentials {
     /// `$XDG_RUNTIME_DIR/containers/auth.json`, `$XDG_CONFIG_HOME/containers/auth.json` (default
     /// `~/.config`), `$DOCKER_CONFIG/config.json` or `~/.docker/config.json`. Read anew at each use.
     pub fn lookup() -> Self {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let variable =
+            |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let home = variable("HOME");
         let under = |dir: Option<PathBuf>, rest: &str| dir.map(|dir| dir.join(rest));
         let config = variable("XDG_CONFIG_HOME").or_else(|| under(home.clone(), ".config"));
@@ -361,8 +365,8 @@ async fn run(path: &Path, server: &str) -> Result<Option<Credential>, String> {
         return if text.contains("not found") { Ok(None) } else { Err(format!("it failed with {status}")) };
     }
     // The output may hold a secret, so an error does not quote it.
-    let answer: Answer =
-        serde_json::from_slice(&output).map_err(|_| "it printed something else than the expected JSON".to_owned())?;
+    let answer: Answer = serde_json::from_slice(&output)
+        .map_err(|_| "it printed something else than the expected JSON".to_owned())?;
     Ok(Some(match answer.user.as_str() {
         "" | "<token>" => Credential::IdentityToken(Secret(answer.secret)),
         _ => Credential::Password { user: answer.user, password: Secret(answer.secret) },

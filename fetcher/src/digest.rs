@@ -119,7 +119,8 @@ mod tests {
     #[test]
     fn refuses_other_forms() {
         let hex = Digest::of(b"").hex();
-        for bad in ["", "sha256:", "sha512:00", &hex, &format!("sha256:{}", hex.to_uppercase()), "sha256:zz"] {
+        for bad in ["", "sha256:", "sha512:00", &hex, &format!("sha256:{}", hex.to_uppercase()), "sha256:zz"]
+        {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
         assert!(Digest::from_hex(&hex[1..]).is_err());

@@ -58,7 +58,9 @@ fn lists(list: &[String], host: &str) -> bool {
 
 fn split_port(host: &str) -> (&str, Option<&str>) {
     match host.rsplit_once(':') {
-        Some((name, port)) if !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) => (name, Some(port)),
+        Some((name, port)) if !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) => {
+            (name, Some(port))
+        }
         _ => (host, None),
     }
 }
@@ -146,7 +148,8 @@ impl Clients {
             "https" => true,
             "http" if self.options.allows_plain(&host) => false,
             "http" => {
-                let detail = format!("plain HTTP to {host} is not allowed; mark the host as insecure to allow it");
+                let detail =
+                    format!("plain HTTP to {host} is not allowed; mark the host as insecure to allow it");
                 return Err(SourceError::new(ErrorClass::Unsupported, source, detail));
             }
             other => {
@@ -159,9 +162,8 @@ impl Clients {
         if let Some(client) = made.get(&key) {
             return Ok(client.clone());
         }
-        let client = self
-            .make(key)
-            .map_err(|detail| SourceError::new(ErrorClass::Unsupported, source, detail))?;
+        let client =
+            self.make(key).map_err(|detail| SourceError::new(ErrorClass::Unsupported, source, detail))?;
         made.insert(key, client.clone());
         Ok(client)
     }
@@ -182,7 +184,8 @@ impl Clients {
         for path in &self.options.extra_ca {
             let named = |problem: String| format!("certificate file {}: {problem}", path.display());
             let pem = std::fs::read(path).map_err(|error| named(error.to_string()))?;
-            let found = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| named(explain(&error)))?;
+            let found =
+                reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| named(explain(&error)))?;
             if found.is_empty() {
                 return Err(named("it holds no certificate in PEM form".to_owned()));
             }
@@ -191,7 +194,9 @@ impl Clients {
         match base().tls_certs_merge(roots.clone()).build() {
             Ok(client) => Ok(client),
             // No system roots: the given ones alone will do.
-            Err(_) if !roots.is_empty() => base().tls_certs_only(roots).build().map_err(|error| explain(&error)),
+            Err(_) if !roots.is_empty() => {
+                base().tls_certs_only(roots).build().map_err(|error| explain(&error))
+            }
             Err(error) => Err(format!(
                 "TLS cannot be set up: {}; install the package `ca-certificates` or give a CA file",
                 explain(&error)
@@ -222,12 +227,12 @@ fn explain(error: &reqwest::Error) -> String {
 
 fn is_certificate_error(error: &reqwest::Error) -> bool {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
-    while let Some(error) = cause {
-        let inner = error
-            .downcast_ref::<std::io::Error>()
-            .and_then(std::io::Error::get_ref)
-            .and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        if let Some(rustls::Error::InvalidCertificate(_)) = error.downcast_ref::<rustls::Error>().or(inner) {
+    while let Some(mut error) = cause {
+        // An io::Error hides what it wraps from `source`, and they are nested here.
+        while let Some(inner) = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            error = inner;
+        }
+        if let Some(rustls::Error::InvalidCertificate(_)) = error.downcast_ref::<rustls::Error>() {
             return true;
         }
         cause = error.source();
@@ -318,10 +323,13 @@ mod tests {
 
     #[test]
     fn loopback_and_schemes() {
-        for host in ["localhost", "LOCALHOST:5000", "127.0.0.1", "127.9.9.9:1", "[::1]:5000", "[::1]", "a.localhost"] {
+        for host in
+            ["localhost", "LOCALHOST:5000", "127.0.0.1", "127.9.9.9:1", "[::1]:5000", "[::1]", "a.localhost"]
+        {
             assert!(is_loopback(host), "{host}");
         }
-        for host in ["localhost.example.org", "10.0.0.1", "example.org:443", "[::2]", "127.0.0.1.example.org"] {
+        for host in ["localhost.example.org", "10.0.0.1", "example.org:443", "[::2]", "127.0.0.1.example.org"]
+        {
             assert!(!is_loopback(host), "{host}");
         }
         let options = HttpOptions {
@@ -377,7 +385,10 @@ mod tests {
 
     #[test]
     fn error_documents_are_put_in_words() {
-        assert_eq!(said(br#"{"errors":[{"code":"BLOB_UNKNOWN","message":"blob unknown"}]}"#), "BLOB_UNKNOWN blob unknown");
+        assert_eq!(
+            said(br#"{"errors":[{"code":"BLOB_UNKNOWN","message":"blob unknown"}]}"#),
+            "BLOB_UNKNOWN blob unknown"
+        );
         assert_eq!(said(b"out of\x1b[31m order\n"), "out of [31m order");
         assert_eq!(said(b"<html>login</html>"), "");
     }

@@ -32,7 +32,12 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { registry: RegistryOptions::default(), platform: Platform::host(), max_bootstrap: 1 << 30, attempts: 5 }
+        Self {
+            registry: RegistryOptions::default(),
+            platform: Platform::host(),
+            max_bootstrap: 1 << 30,
+            attempts: 5,
+        }
     }
 }
 
@@ -182,10 +187,9 @@ impl Place {
     pub(crate) async fn top(&self, reference: &Reference) -> Result<RawManifest, ImageError> {
         let image = reference.to_string();
         match (self, reference) {
-            (Place::Registry(registry), Reference::Registry(name)) => registry
-                .manifest(&name.selector())
-                .await
-                .map_err(|error| ImageError::Source { image, error }),
+            (Place::Registry(registry), Reference::Registry(name)) => {
+                registry.manifest(&name.selector()).await.map_err(|error| ImageError::Source { image, error })
+            }
             (
                 Place::Layout(layout) | Place::Archive { documents: layout, .. },
                 Reference::Layout { tag, .. } | Reference::Archive { tag, .. },
@@ -200,7 +204,11 @@ impl Place {
     }
 
     /// The manifest that a descriptor of an index names.
-    pub(crate) async fn child(&self, image: &str, descriptor: &Descriptor) -> Result<RawManifest, ImageError> {
+    pub(crate) async fn child(
+        &self,
+        image: &str,
+        descriptor: &Descriptor,
+    ) -> Result<RawManifest, ImageError> {
         let document = |error: DocumentError| ImageError::Document { image: image.to_owned(), error };
         let blob = oci::blob_ref(descriptor).map_err(|error| document(error.into()))?;
         match self {
@@ -380,7 +388,11 @@ impl Image {
             | "application/vnd.docker.image.rootfs.diff.tar.zstd" => Packing::Zstd,
             other => {
                 let shown: String = other.chars().take(100).collect();
-                return Err(self.part(PART, &blob, format!("media type `{shown}` is not that of a tar layer")));
+                return Err(self.part(
+                    PART,
+                    &blob,
+                    format!("media type `{shown}` is not that of a tar layer"),
+                ));
             }
         };
         if blob.size == 0 || blob.size > cap {
@@ -443,7 +455,8 @@ fn extract(file: File, packing: Packing, diff_id: Digest, cap: u64) -> Result<Ve
         Packing::Plain => Box::new(file),
         Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
         Packing::Zstd => {
-            let mut decoder = zstd::stream::read::Decoder::with_buffer(file).map_err(|error| error.to_string())?;
+            let mut decoder =
+                zstd::stream::read::Decoder::with_buffer(file).map_err(|error| error.to_string())?;
             // 128 MiB: what every decoder must accept, and no more.
             decoder.window_log_max(27).map_err(|error| error.to_string())?;
             Box::new(decoder)

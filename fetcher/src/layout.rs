@@ -211,10 +211,7 @@ impl Layout {
             return Err(self.bad_blob(&blob.digest, problem));
         }
         let mut bytes = Vec::new();
-        self.open_blob(blob)?
-            .take(cap)
-            .read_to_end(&mut bytes)
-            .map_err(at(&self.blob_path(&blob.digest)))?;
+        self.open_blob(blob)?.take(cap).read_to_end(&mut bytes).map_err(at(&self.blob_path(&blob.digest)))?;
         let got = Digest::of(&bytes);
         if got != blob.digest {
             return Err(self.bad_blob(&blob.digest, format!("its bytes are {got}")));
@@ -246,7 +243,7 @@ impl Layout {
     pub fn index(&self) -> Result<ImageIndex> {
         let path = self.root.join("index.json");
         let bytes = read_capped(&path, MAX_INDEX).map_err(at(&path))?;
-        ImageIndex::from_reader(&bytes[..]).map_err(|error| LayoutError::NotALayout {
+        oci::parse_index(&bytes).map_err(|error| LayoutError::NotALayout {
             path: self.root.clone(),
             problem: format!("file `index.json`: {error}"),
         })
@@ -317,9 +314,7 @@ impl Layout {
                 [first, rest @ ..] if rest.iter().all(|entry| entry.digest() == first.digest()) => {
                     Ok(first.clone())
                 }
-                _ => Err(none(
-                    "it holds several images; add the name of one (oci:DIR:TAG)".to_owned(),
-                )),
+                _ => Err(none("it holds several images; add the name of one (oci:DIR:TAG)".to_owned())),
             },
         }
     }

@@ -27,7 +27,8 @@ pub(crate) fn file_body(source: &str, file: File, base: u64, blob: &BlobRef, ran
             let length = (end - start).min(PIECE);
             let read = off_thread(move || {
                 let mut bytes = vec![0; usize::try_from(length).map_err(std::io::Error::other)?];
-                let offset = base.checked_add(start).ok_or_else(|| std::io::Error::other("offset overflows"))?;
+                let offset =
+                    base.checked_add(start).ok_or_else(|| std::io::Error::other("offset overflows"))?;
                 file.read_exact_at(&mut bytes, offset)?;
                 Ok::<_, std::io::Error>(Bytes::from(bytes))
             });
@@ -75,11 +76,9 @@ impl Source for Layout {
     async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
         check_range(self.label(), blob, &range)?;
         let (layout, wanted) = (self.clone(), *blob);
-        let file = off_thread(move || {
-            layout.open_blob(&wanted).map_err(|error| layout.source_error(&error))
-        })
-        .await
-        .map_err(|error| error.reading(blob, range.clone()))?;
+        let file = off_thread(move || layout.open_blob(&wanted).map_err(|error| layout.source_error(&error)))
+            .await
+            .map_err(|error| error.reading(blob, range.clone()))?;
         Ok(file_body(self.label(), file, 0, blob, range))
     }
 

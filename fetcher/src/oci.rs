@@ -104,11 +104,11 @@ impl RawManifest {
     pub fn parse(&self) -> Result<Document, DocumentError> {
         let json = |error| DocumentError::Json { digest: self.digest, error };
         match self.media_type.as_str() {
-            MEDIA_TYPE_MANIFEST | MEDIA_TYPE_DOCKER_MANIFEST => {
-                ImageManifest::from_reader(&self.bytes[..]).map(|manifest| Document::Manifest(Box::new(manifest))).map_err(json)
-            }
+            MEDIA_TYPE_MANIFEST | MEDIA_TYPE_DOCKER_MANIFEST => ImageManifest::from_reader(&self.bytes[..])
+                .map(|manifest| Document::Manifest(Box::new(manifest)))
+                .map_err(json),
             MEDIA_TYPE_INDEX | MEDIA_TYPE_DOCKER_INDEX => {
-                ImageIndex::from_reader(&self.bytes[..]).map(|index| Document::Index(Box::new(index))).map_err(json)
+                parse_index(&self.bytes).map(|index| Document::Index(Box::new(index))).map_err(json)
             }
             other => Err(DocumentError::MediaType {
                 digest: self.digest,
@@ -134,21 +134,49 @@ pub fn is_converted(manifest: &ImageManifest) -> bool {
     manifest.layers().last().is_some_and(|layer| annotation(layer, ANNOTATION_BOOTSTRAP) == Some("true"))
 }
 
+/// Keys of a platform object: what the spec says, and what `oci-spec` 0.10 reads and writes instead.
+const PLATFORM_KEYS: [(&str, &str); 2] = [("os.features", "os_features"), ("os.version", "os_version")];
+
+/// Reads an index, with the platforms' `os.features`, which `oci-spec` expects under another name.
+pub(crate) fn parse_index(bytes: &[u8]) -> Result<ImageIndex, oci_spec::OciSpecError> {
+    let mut value: serde_json::Value = serde_json::from_slice(bytes)?;
+    let manifests = value.get_mut("manifests").and_then(serde_json::Value::as_array_mut);
+    for descriptor in manifests.into_iter().flatten() {
+        let Some(platform) = descriptor.get_mut("platform").and_then(serde_json::Value::as_object_mut) else {
+            continue;
+        };
+        for (spec, ours) in PLATFORM_KEYS {
+            if let Some(found) = platform.remove(spec) {
+                platform.insert(ours.to_owned(), found);
+            }
+        }
+    }
+    Ok(serde_json::from_value(value)?)
+}
+
 /// Serialises with all keys sorted, so that the same document always has the same bytes and digest (maps in
-/// the OCI types have no order of their own).
+/// the OCI types have no order of their own), and with the spec's names for what `oci-spec` misnames.
 pub fn canonical_json<T: Serialize>(document: &T) -> serde_json::Result<Vec<u8>> {
-    fn sort(value: serde_json::Value) -> serde_json::Value {
+    fn sort(value: serde_json::Value, in_platform: bool) -> serde_json::Value {
         match value {
             serde_json::Value::Object(map) => {
-                let mut entries: Vec<_> = map.into_iter().collect();
+                let rename = |key: String| {
+                    let known = PLATFORM_KEYS.iter().find(|(_, ours)| in_platform && key == *ours);
+                    known.map_or(key, |(spec, _)| (*spec).to_owned())
+                };
+                let mut entries: Vec<_> = map.into_iter().map(|(key, value)| (rename(key), value)).collect();
                 entries.sort_by(|left, right| left.0.cmp(&right.0));
-                entries.into_iter().map(|(key, value)| (key, sort(value))).collect()
+                let sorted = entries.into_iter().map(|(key, value)| {
+                    let value = sort(value, key == "platform");
+                    (key, value)
+                });
+                sorted.collect()
             }
-            serde_json::Value::Array(items) => items.into_iter().map(sort).collect(),
+            serde_json::Value::Array(items) => items.into_iter().map(|item| sort(item, false)).collect(),
             other => other,
         }
     }
-    serde_json::to_vec(&sort(serde_json::to_value(document)?))
+    serde_json::to_vec(&sort(serde_json::to_value(document)?, false))
 }
 
 /// The platform whose image is wanted from an index.
@@ -265,8 +293,17 @@ mod tests {
                 })
             })
             .collect();
-        let index = serde_json::json!({"schemaVersion": 2, "mediaType": MEDIA_TYPE_INDEX, "manifests": manifests});
-        ImageIndex::from_reader(index.to_string().as_bytes()).unwrap()
+        let index =
+            serde_json::json!({"schemaVersion": 2, "mediaType": MEDIA_TYPE_INDEX, "manifests": manifests});
+        parse_index(index.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn os_features_keep_their_name() {
+        let text = canonical_json(&index(&[("linux", "amd64", true)])).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.contains(r#""os.features":["nydus.remoteimage.v1"]"#), "{text}");
+        assert!(!text.contains("os_features"), "{text}");
     }
 
     #[test]

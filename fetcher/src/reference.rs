@@ -78,7 +78,9 @@ impl RegistryRef {
             _ => (name, None),
         };
         if tag.is_some_and(|tag| !is_tag(tag)) {
-            return Err(bad("a tag has 1 to 128 letters, digits, `_`, `.` or `-` and starts with no `.` or `-`"));
+            return Err(bad(
+                "a tag has 1 to 128 letters, digits, `_`, `.` or `-` and starts with no `.` or `-`",
+            ));
         }
         let (host, repository) = match name.split_once('/') {
             Some((host, rest)) if is_host_like(host) => (host.to_owned(), rest.to_owned()),
@@ -280,11 +282,21 @@ fn with_transport(name: &str) -> Option<Result<Reference, ReferenceError>> {
         return Some(split_path(name, rest).map(|(dir, tag)| Reference::Layout { dir, tag }));
     }
     // A transport of skopeo that we do not have, or a URL, deserves a better word than a parse error.
-    let known = ["docker-archive:", "docker-daemon:", "containers-storage:", "dir:", "ostree:", "http://", "https://"];
+    let known = [
+        "docker-archive:",
+        "docker-daemon:",
+        "containers-storage:",
+        "dir:",
+        "ostree:",
+        "http://",
+        "https://",
+    ];
     let unknown = known.iter().find(|known| name.starts_with(**known))?;
     Some(Err(bad(
         name,
-        &format!("`{unknown}` is not supported; use docker://HOST/NAME:TAG, oci:DIR[:TAG] or oci-archive:FILE"),
+        &format!(
+            "`{unknown}` is not supported; use docker://HOST/NAME:TAG, oci:DIR[:TAG] or oci-archive:FILE"
+        ),
     )))
 }
 
@@ -394,9 +406,27 @@ mod tests {
     #[test]
     fn refused_registry_names() {
         for text in [
-            "", ":", "/", "h.io/", "h.io/A", "h.io/a//b", "h.io/a..b", "h.io/a___b", "h.io/-a", "h.io/a:",
-            "h.io/a:-x", "h.io/a@sha256:12", "h.io:0/a", "h.io:99999/a", "h.io:/a", "[::g]/a", "h.io/a b",
-            "h.io/../etc", "h..io/a", "h.io/a?x=1", "user@h.io/a",
+            "",
+            ":",
+            "/",
+            "h.io/",
+            "h.io/A",
+            "h.io/a//b",
+            "h.io/a..b",
+            "h.io/a___b",
+            "h.io/-a",
+            "h.io/a:",
+            "h.io/a:-x",
+            "h.io/a@sha256:12",
+            "h.io:0/a",
+            "h.io:99999/a",
+            "h.io:/a",
+            "[::g]/a",
+            "h.io/a b",
+            "h.io/../etc",
+            "h..io/a",
+            "h.io/a?x=1",
+            "user@h.io/a",
         ] {
             assert!(RegistryRef::parse(text).is_err(), "{text}");
         }

@@ -201,7 +201,11 @@ impl Body {
                 Some(Err(error)) => {
                     self.ended = true;
                     let (blob, range) = (self.blob, self.range.clone());
-                    return Some(Err(if error.reading.is_none() { error.reading(&blob, range) } else { error }));
+                    return Some(Err(if error.reading.is_none() {
+                        error.reading(&blob, range)
+                    } else {
+                        error
+                    }));
                 }
                 None if self.remaining() > 0 => {
                     let detail =

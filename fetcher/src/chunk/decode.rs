@@ -28,10 +28,7 @@ pub(super) fn decode(spec: &ChunkSpec, stored: &[u8], out: &mut [u8]) -> Result<
             .map_err(|error| ChunkError::Decode { codec: spec.codec, detail: error.to_string() })?,
     };
     if written != out.len() {
-        return Err(ChunkError::Size {
-            got: u64::try_from(written).unwrap_or(u64::MAX),
-            expected: spec.len,
-        });
+        return Err(ChunkError::Size { got: u64::try_from(written).unwrap_or(u64::MAX), expected: spec.len });
     }
     Ok(())
 }

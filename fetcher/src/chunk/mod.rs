@@ -165,7 +165,12 @@ pub struct ChunkPlace {
 impl std::fmt::Display for ChunkPlace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { source_name, blob, spec, .. } = self;
-        write!(f, "{source_name}: blob {blob}: chunk at stored bytes {}..{}", spec.stored_offset, spec.stored_end())
+        write!(
+            f,
+            "{source_name}: blob {blob}: chunk at stored bytes {}..{}",
+            spec.stored_offset,
+            spec.stored_end()
+        )
     }
 }
 

@@ -87,7 +87,10 @@ fn changed_and_cut_bytes_are_refused() {
             }
         }
         let cut = &stored[..stored.len() - 1];
-        assert!(matches!(verify(&spec, cut, vec![0; 5000]), Err(ChunkError::Decode { .. } | ChunkError::Size { .. })));
+        assert!(matches!(
+            verify(&spec, cut, vec![0; 5000]),
+            Err(ChunkError::Decode { .. } | ChunkError::Size { .. })
+        ));
         let cut_spec = ChunkSpec { stored_len: spec.stored_len - 1, ..spec };
         assert!(verify(&cut_spec, cut, vec![0; 5000]).is_err(), "{codec:?}");
     }

@@ -215,7 +215,9 @@ impl Auth {
             Credential::Password { user, password } => basic(user, password),
             Credential::Anonymous => None,
             Credential::IdentityToken(_) => {
-                return Err(self.denied("the registry wants a user and password, we have an identity token", None));
+                return Err(
+                    self.denied("the registry wants a user and password, we have an identity token", None)
+                );
             }
         };
         let Some(header) = header else {
@@ -236,7 +238,9 @@ impl Auth {
         let problem = found.and_then(|found| found.problem.as_ref());
         let detail = match problem {
             Some(problem) => format!("{detail} ({problem})"),
-            None => format!("{detail}; log in with `docker login` or `podman login`, or give a user and password"),
+            None => {
+                format!("{detail}; log in with `docker login` or `podman login`, or give a user and password")
+            }
         };
         SourceError::new(ErrorClass::Denied, self.0.name.as_str(), detail)
     }
@@ -381,13 +385,13 @@ impl Auth {
             });
         }
         let mut body = Vec::new();
-        while let Some(piece) = response
-            .chunk()
-            .await
-            .map_err(|error| http::transport_error(&self.0.name, url, &error))?
+        while let Some(piece) =
+            response.chunk().await.map_err(|error| http::transport_error(&self.0.name, url, &error))?
         {
             if body.len() + piece.len() > MAX_REPLY {
-                return Err(self.bad(format!("token endpoint {host}: the reply is larger than {MAX_REPLY} bytes")));
+                return Err(
+                    self.bad(format!("token endpoint {host}: the reply is larger than {MAX_REPLY} bytes"))
+                );
             }
             body.extend_from_slice(&piece);
         }

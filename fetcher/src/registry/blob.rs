@@ -46,7 +46,8 @@ impl Registry {
         let mut call = self.call(Method::GET, url, Access::Pull, Use::Blobs);
         call.blob = Some(blob.digest);
         let header = HeaderValue::try_from(format!("bytes={}-{}", range.start, range.end - 1));
-        call.headers.insert(RANGE, header.map_err(|error| self.error(ErrorClass::BadRange, error.to_string()))?);
+        call.headers
+            .insert(RANGE, header.map_err(|error| self.error(ErrorClass::BadRange, error.to_string()))?);
         let response = self.send(&call).await?;
         match judge(response.status(), response.headers(), range, blob.size) {
             Ok(Accepted::Part { end }) => Ok(Reply { response, end, whole: false }),
@@ -95,7 +96,9 @@ impl Progress {
                 Ok(Err(error)) => {
                     let url = reply.response.url().clone();
                     let error = http::transport_error(&self.registry.inner.name, &url, &error);
-                    return Err(self.error(ErrorClass::Transient, format!("at byte {}: {}", self.at, error.detail)));
+                    return Err(
+                        self.error(ErrorClass::Transient, format!("at byte {}: {}", self.at, error.detail))
+                    );
                 }
                 Err(_) => {
                     let detail = format!("no byte came for {} ms at byte {}", idle.as_millis(), self.at);
@@ -107,7 +110,9 @@ impl Progress {
                     let left = usize::try_from(limit - self.at).unwrap_or(usize::MAX);
                     if piece.len() > left {
                         if !whole {
-                            return Err(self.error(ErrorClass::BadReply, "the body is longer than its Content-Range"));
+                            return Err(
+                                self.error(ErrorClass::BadReply, "the body is longer than its Content-Range")
+                            );
                         }
                         piece.truncate(left);
                     }
@@ -117,7 +122,8 @@ impl Progress {
                     }
                 }
                 None if self.at < limit => {
-                    let detail = format!("the body ended at byte {}, {} bytes early", self.at, limit - self.at);
+                    let detail =
+                        format!("the body ended at byte {}, {} bytes early", self.at, limit - self.at);
                     return Err(self.error(ErrorClass::Transient, detail));
                 }
                 None => {
@@ -125,7 +131,9 @@ impl Progress {
                     if self.at < self.end {
                         self.shorts += 1;
                         if self.shorts > MAX_SHORT {
-                            return Err(self.error(ErrorClass::BadReply, "the server keeps sending less than asked"));
+                            return Err(
+                                self.error(ErrorClass::BadReply, "the server keeps sending less than asked")
+                            );
                         }
                     }
                 }

@@ -22,7 +22,9 @@ impl Registry {
         let what = || format!("manifest {selector}");
         let url = self.url(&format!("manifests/{selector}"))?;
         let mut call = self.call(Method::GET, url, Access::Pull, Use::Documents);
-        for kind in [MEDIA_TYPE_MANIFEST, MEDIA_TYPE_INDEX, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_DOCKER_INDEX] {
+        for kind in
+            [MEDIA_TYPE_MANIFEST, MEDIA_TYPE_INDEX, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_DOCKER_INDEX]
+        {
             call.headers.append(ACCEPT, HeaderValue::from_static(kind));
         }
         let mut response = self.send(&call).await?;

@@ -93,7 +93,11 @@ impl Registry {
         let api_host = if host == "docker.io" { "registry-1.docker.io" } else { host };
         let scheme = options.http.scheme(host);
         let base = Url::parse(&format!("{scheme}://{api_host}/v2/{repository}/")).map_err(|error| {
-            SourceError::new(ErrorClass::Unsupported, name.as_str(), format!("no URL can be made of it: {error}"))
+            SourceError::new(
+                ErrorClass::Unsupported,
+                name.as_str(),
+                format!("no URL can be made of it: {error}"),
+            )
         })?;
         let clients = Arc::new(Clients::new(options.http.clone()));
         let auth = Auth::new(&name, host, repository, options.credentials.clone(), Arc::clone(&clients));
@@ -134,13 +138,21 @@ impl Registry {
     }
 
     fn call<'a>(&self, method: Method, url: Url, access: Access, kind: Use) -> Call<'a> {
-        Call { method, url, headers: HeaderMap::new(), payload: None, access, kind, blob: None, patience: None }
+        Call {
+            method,
+            url,
+            headers: HeaderMap::new(),
+            payload: None,
+            access,
+            kind,
+            blob: None,
+            patience: None,
+        }
     }
 
     /// Turns a reply that is not the wanted one into an error.
     async fn unexpected(&self, what: &str, response: reqwest::Response) -> SourceError {
-        let (status, after) =
-            (response.status(), http::retry_after(response.headers(), SystemTime::now()));
+        let (status, after) = (response.status(), http::retry_after(response.headers(), SystemTime::now()));
         let class = range::status_class(status);
         let detail = format!("{what}: {}", http::describe(response).await);
         let after = after.filter(|_| class == ErrorClass::Transient);
@@ -174,7 +186,8 @@ impl Registry {
             // Only the registry itself may see our credentials.
             let at_registry = url.origin() == self.inner.base.origin();
             let shown = if at_registry { Some(self.inner.auth.show(call.access).await) } else { None };
-            let result = self.send_once(call, &url, shown.as_ref().and_then(|shown| shown.header.as_ref())).await;
+            let result =
+                self.send_once(call, &url, shown.as_ref().and_then(|shown| shown.header.as_ref())).await;
             if from_cache && target_is_stale(&result) {
                 // Its signature may have ended early: ask the registry once, then judge.
                 if let Some(blob) = &call.blob {
@@ -237,9 +250,10 @@ impl Registry {
             request = request.header(AUTHORIZATION, value.clone());
         }
         if let Some(payload) = call.payload {
-            request = payload.attach(request).await.map_err(|error| {
-                self.error(ErrorClass::Io, format!("{}: {error}", payload.name()))
-            })?;
+            request = payload
+                .attach(request)
+                .await
+                .map_err(|error| self.error(ErrorClass::Io, format!("{}: {error}", payload.name())))?;
         }
         let timeouts = self.inner.clients.options().timeouts;
         let patience = timeouts.connect + call.patience.unwrap_or(timeouts.first_byte);

@@ -72,7 +72,9 @@ pub(crate) fn judge(
         if let Some(encoding) = headers.get(CONTENT_ENCODING)
             && !encoding.as_bytes().eq_ignore_ascii_case(b"identity")
         {
-            return bad(format!("the reply has the content encoding {encoding:?} although none was asked for"));
+            return bad(format!(
+                "the reply has the content encoding {encoding:?} although none was asked for"
+            ));
         }
         if let Some(kind) = headers.get(CONTENT_TYPE)
             && kind.as_bytes().to_ascii_lowercase().starts_with(b"multipart/byteranges")
@@ -112,9 +114,9 @@ pub(crate) fn judge(
             Ok(Accepted::Part { end: got.last + 1 })
         }
         StatusCode::OK => match length {
-            Some(length) if length != size => {
-                bad(format!("HTTP 200 with {length} bytes for a blob of {size}: another object or a proxy's page"))
-            }
+            Some(length) if length != size => bad(format!(
+                "HTTP 200 with {length} bytes for a blob of {size}: another object or a proxy's page"
+            )),
             _ if range.start > 0 => {
                 Err((ErrorClass::NoRanges, "the server ignores ranges (HTTP 200 instead of 206)".to_owned()))
             }

@@ -42,7 +42,10 @@ pub(crate) fn resolve(from: &Url, location: &str, options: &HttpOptions) -> Resu
 /// How long a redirect target may be used: 80 % of what its signature says, or a minute.
 pub(crate) fn life(target: &Url, now: SystemTime) -> Duration {
     let param = |name: &str| {
-        target.query_pairs().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.into_owned())
+        target
+            .query_pairs()
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.into_owned())
     };
     let epoch = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let signed = |prefix: &str| -> Option<u64> {
@@ -136,7 +139,9 @@ mod tests {
         assert!(resolve(&secure, "https://cdn.io/z", &options).is_ok());
         assert!(resolve(&secure, "http://lab/z", &options).is_ok());
         assert!(resolve(&plain, "http://[::1]/z", &options).is_ok());
-        for bad in ["http://h.io/", "http://127.0.0.1/", "file:///etc/passwd", "https://u:p@cdn.io/", "http://["] {
+        for bad in
+            ["http://h.io/", "http://127.0.0.1/", "file:///etc/passwd", "https://u:p@cdn.io/", "http://["]
+        {
             assert!(resolve(&secure, bad, &options).is_err(), "{bad}");
         }
         assert!(resolve(&plain, "http://example.org/", &options).is_err());

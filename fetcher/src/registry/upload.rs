@@ -187,8 +187,10 @@ impl Registry {
         let payload = Payload::file(path, offset, length, sent);
         let mut call = self.body_call(Method::PATCH, url, &payload, length);
         let range = HeaderValue::try_from(format!("{offset}-{}", offset + length - 1));
-        call.headers
-            .insert(CONTENT_RANGE, range.map_err(|error| self.error(ErrorClass::BadRange, error.to_string()))?);
+        call.headers.insert(
+            CONTENT_RANGE,
+            range.map_err(|error| self.error(ErrorClass::BadRange, error.to_string()))?,
+        );
         let response = self.send(&call).await?;
         if response.status() != StatusCode::ACCEPTED {
             return Err(self.unexpected(&format!("upload at byte {offset}"), response).await);

@@ -289,7 +289,10 @@ fn manifest(state: &State, selector: &str) -> Reply {
         Err(_) => {
             let named = state.layout.resolve(Some(selector)).ok();
             let only = (selector == "latest").then(|| state.layout.resolve(None).ok()).flatten();
-            named.or(only).and_then(|descriptor| crate::oci::blob_ref(&descriptor).ok()).map(|blob| blob.digest)
+            named
+                .or(only)
+                .and_then(|descriptor| crate::oci::blob_ref(&descriptor).ok())
+                .map(|blob| blob.digest)
         }
     };
     let bytes = digest.and_then(|digest| std::fs::read(state.layout.blob_path(&digest)).ok());
@@ -353,7 +356,8 @@ fn blob(state: &mut State, request: &Incoming, digest: &str) -> Option<Reply> {
         reply.blob = true;
         reply.with("content-range", format!("bytes {}-{}/{total}", range.start, range.end.saturating_sub(1)))
     };
-    let mut right = if request.header("range").is_some() { partial(&range, size) } else { Reply::new(200, cut(&range)) };
+    let mut right =
+        if request.header("range").is_some() { partial(&range, size) } else { Reply::new(200, cut(&range)) };
     right.blob = true;
     let length = range.end - range.start;
     let Some(fault) = fault else { return Some(right) };
