@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         }
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
             let bench = support::Bench::new()?;
-            scenario(&bench);
+            support::bounded(|| scenario(&bench));
             Ok::<(), skimmer_fanotify::Unsupported>(())
         }));
         match result {

@@ -10,11 +10,35 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Stdio};
+use std::sync::Mutex;
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Nothing here takes this long; it only ends a run that hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The keepers that were started and not waited for.
+static RUNNING: Mutex<Vec<rustix::process::Pid>> = Mutex::new(Vec::new());
+
+/// Runs one scenario. When it hangs, because a reader is never answered, its keepers are killed: that sets all
+/// readers free, with bytes that then fail the scenario.
+pub(crate) fn bounded<T>(scenario: impl FnOnce() -> T) -> T {
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            if ended.recv_timeout(2 * PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("this hangs: killing its keepers");
+                for &pid in &*RUNNING.lock().unwrap() {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+            }
+        });
+        // Dropped on the way out, also by a panic.
+        let _end = end;
+        scenario()
+    })
+}
 
 /// The byte at an offset of every test file; never 0, so that a hole cannot pass for data.
 pub(crate) fn byte_at(offset: u64) -> u8 {
@@ -65,7 +89,9 @@ impl Bench {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        KeeperProcess(child)
+        let keeper = KeeperProcess(child);
+        RUNNING.lock().unwrap().push(keeper.pid());
+        keeper
     }
 
     /// Connects, waiting for the keeper to listen.
@@ -105,7 +131,9 @@ impl KeeperProcess {
     }
 
     pub(crate) fn wait(&mut self) -> std::process::ExitStatus {
-        self.0.wait().unwrap()
+        let status = self.0.wait().unwrap();
+        RUNNING.lock().unwrap().retain(|&pid| pid != self.pid());
+        status
     }
 
     pub(crate) fn kill(&mut self) {
@@ -119,6 +147,7 @@ impl KeeperProcess {
 
 impl Drop for KeeperProcess {
     fn drop(&mut self) {
+        RUNNING.lock().unwrap().retain(|&pid| pid != self.pid());
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
