@@ -146,8 +146,8 @@ pub struct BlobReport {
     pub referenced_bytes: u64,
     /// Of those, bytes on disk and verified.
     pub ready_bytes: u64,
-    /// Bytes being fetched or written now.
-    pub inflight_bytes: u64,
+    /// Fetches of it under way.
+    pub fetches: u64,
     /// Kernel requests waiting for data of this blob.
     pub pending_reads: u64,
     /// Kernel requests seen for this blob since the daemon started.
@@ -185,6 +185,10 @@ pub struct StatusReport {
     pub modes: Vec<ModeReport>,
     /// The keeper.
     pub keeper: KeeperReport,
+    /// Size of the buffer memory, bytes.
+    pub buffer_bytes: u64,
+    /// Bytes of it in use: being fetched, verified or written.
+    pub buffer_used_bytes: u64,
     /// Live mounts, by target.
     pub mounts: Vec<Mount>,
     /// Blobs of live mounts, by id.

@@ -173,6 +173,7 @@ impl Mounts {
         let ready = self.journal.recorded(Mode::Fanotify, spec.id).await.unwrap_or_default();
         self.driver.add_blob(spec.clone(), ready.clone(), sources).await?;
         state.known.insert(spec.id);
+        self.set_complete(spec.id, spec.is_complete(&ready));
         Ok(ready)
     }
 

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use skimmer_client::{AttachMode, BlobReport, KeeperReport, Mount, MountRequest, StatusReport};
+use skimmer_client::{AttachMode, BlobReport, KeeperReport, ModeReport, Mount, MountRequest, StatusReport};
 use tokio::sync::Mutex;
 
 use crate::blob::{BlobId, BlobSpec};
@@ -37,6 +37,9 @@ pub use failure::{Failure, Kind};
 
 /// How often what could not be released at once is tried again, and mounts that were taken down by others are noticed.
 const SWEEP: Duration = Duration::from_secs(5);
+
+/// How long a status request believes what an earlier one found out about the attach modes.
+const MODES_STAY: Duration = Duration::from_secs(10);
 
 /// The shared domain of all our fscache mounts.
 pub const DOMAIN: &str = "skimmer";
@@ -83,6 +86,10 @@ pub struct Mounts {
     /// What a status request reads; a copy, so that it never waits.
     view: StdMutex<Vec<AttachmentRecord>>,
     faults: StdMutex<HashMap<BlobId, String>>,
+    /// Blobs whose file holds all that mounted images refer to: the data path no longer has a file for them.
+    complete: StdMutex<HashSet<BlobId>>,
+    /// What status requests say about the attach modes; found out by trying, so not at each request.
+    modes: StdMutex<Option<(Instant, Vec<ModeReport>)>>,
 }
 
 #[derive(Default)]
@@ -144,6 +151,8 @@ impl Mounts {
             state: Mutex::default(),
             view: StdMutex::default(),
             faults: StdMutex::default(),
+            complete: StdMutex::default(),
+            modes: StdMutex::default(),
         })
     }
 
@@ -161,15 +170,18 @@ impl Mounts {
     /// When the data path has stopped.
     pub async fn status(&self) -> Result<StatusReport, Failure> {
         let status = self.driver.status().await?;
-        let modes = self.modes(status.fscache).await?;
+        let modes = self.recent_modes(status.fscache).await?;
+        let complete = self.complete.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let blobs = status.blobs.iter().map(|blob| {
+            // A complete file is no longer among those that the data path serves.
+            let done = blob.files.is_empty() && complete.contains(&blob.id);
             let report = BlobReport {
                 id: blob.id.hex(),
                 device_bytes: blob.device_bytes,
                 referenced_bytes: blob.referenced_bytes,
-                ready_bytes: 0,
-                inflight_bytes: 0,
+                ready_bytes: if done { blob.referenced_bytes } else { 0 },
+                fetches: 0,
                 pending_reads: 0,
                 reads: 0,
                 watched: !blob.files.is_empty(),
@@ -178,6 +190,8 @@ impl Mounts {
             blob.files.iter().fold(report, |sum, file| BlobReport {
                 ready_bytes: sum.ready_bytes.max(file.ready_bytes),
                 pending_reads: sum.pending_reads + file.pending_reads,
+                reads: sum.reads + file.reads,
+                fetches: sum.fetches + file.flights,
                 ..sum
             })
         });
@@ -196,6 +210,8 @@ impl Mounts {
                     .as_ref()
                     .map_or(0, |keeper| u64::try_from(keeper.files.len()).unwrap_or(u64::MAX)),
             },
+            buffer_bytes: status.budget_bytes,
+            buffer_used_bytes: status.in_flight_bytes,
             mounts: self.list(),
             blobs: blobs.into_values().collect(),
         })
@@ -232,12 +248,11 @@ impl Mounts {
     /// What the journal tells.
     pub async fn on_notice(&self, notice: Notice) {
         match notice {
-            Notice::Fault(blob, message) => {
-                tracing::warn!("{message}");
-                if let Some(blob) = blob {
-                    self.faults.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, message);
-                }
+            // Logged where it happened; kept for whoever asks why a read failed.
+            Notice::Fault(Some(blob), message) => {
+                self.faults.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, message);
             }
+            Notice::Fault(None, _) => {}
             Notice::Complete(mode, blob) => self.on_complete(mode, blob).await,
         }
     }
@@ -251,13 +266,33 @@ impl Mounts {
         }
     }
 
-    async fn modes(&self, bound: bool) -> Result<Vec<skimmer_client::ModeReport>, Failure> {
+    async fn recent_modes(&self, bound: bool) -> Result<Vec<ModeReport>, Failure> {
+        let recent = self.modes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match recent {
+            Some((at, reports)) if at.elapsed() < MODES_STAY => Ok(reports),
+            _ => self.modes(bound).await,
+        }
+    }
+
+    async fn modes(&self, bound: bool) -> Result<Vec<ModeReport>, Failure> {
         let config = self.config.clone();
         let keeper = self.keeper.as_ref().map(|_| ()).map_err(Clone::clone);
-        Ok(tokio::task::spawn_blocking(move || {
+        let reports = tokio::task::spawn_blocking(move || {
             modes::probe(&config, keeper.as_ref().copied().map_err(String::as_str), bound)
         })
-        .await?)
+        .await?;
+        let now = (Instant::now(), reports.clone());
+        *self.modes.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        Ok(reports)
+    }
+
+    fn set_complete(&self, blob: BlobId, complete: bool) {
+        let mut blobs = self.complete.lock().unwrap_or_else(PoisonError::into_inner);
+        if complete {
+            blobs.insert(blob);
+        } else {
+            blobs.remove(&blob);
+        }
     }
 
     /// Writes `mounts.json` and what status requests see.

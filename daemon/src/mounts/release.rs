@@ -165,6 +165,7 @@ impl Mounts {
             let free = !state.uses(blob) && !state.watched.contains(&blob);
             if free && later(blob, self.driver.remove_blob(blob).await) {
                 state.known.remove(&blob);
+                self.set_complete(blob, false);
             }
         }
     }
@@ -186,6 +187,7 @@ impl Mounts {
         match self.driver.unwatch(blob).await {
             Ok(()) => {
                 state.watched.remove(&blob);
+                self.set_complete(blob, true);
                 tracing::info!(%blob, "complete: the kernel reads it without us from now on");
             }
             Err(error) => tracing::warn!("{error}"),

@@ -279,6 +279,7 @@ impl Worker {
             Ok(()) => true,
             Err(what) => {
                 if !was_broken {
+                    tracing::error!("{what}");
                     let _ = self.notices.send(Notice::Fault(Some(blob), what));
                 }
                 false

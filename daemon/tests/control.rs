@@ -1,0 +1,238 @@
+//! The control API over a real unix socket, on a daemon without a keeper: nothing here needs root or a kernel feature
+//! beyond io_uring.
+#![allow(clippy::unwrap_used, reason = "a test may fail by panic")]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use prometheus_client::registry::Registry;
+use skimmer_client::{AttachMode, Client, ClientError, MountRequest};
+use skimmer_daemon::config::Config;
+use skimmer_daemon::control::{self, Api, SocketError, Stop};
+use skimmer_daemon::driver::{Driver, DriverConfig, DriverError, Handle};
+use skimmer_daemon::frontend::Frontends;
+use skimmer_daemon::metrics::Metrics;
+use skimmer_daemon::mounts::{Mounts, Parts};
+use skimmer_daemon::store::Store;
+use skimmer_daemon::store::journal::Journal;
+use skimmer_daemon::store::records::{AttachmentRecord, MountsRecord, Secrets};
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+struct Daemon {
+    dir: TempDir,
+    client: Client,
+    mounts: Arc<Mounts>,
+    journal: Journal,
+    driver: Handle,
+    thread: JoinHandle<Result<(), DriverError>>,
+    stop: watch::Receiver<Option<Stop>>,
+    serving: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+impl Daemon {
+    async fn start(dir: TempDir) -> Self {
+        skimmer_fetcher::http::install_tls_provider();
+        let root = dir.path().join("root");
+        let config = Config {
+            root: root.clone(),
+            socket: dir.path().join("d.sock"),
+            keeper_socket: dir.path().join("k.sock"),
+            ..Config::default()
+        };
+        let store = Store::open(&root).unwrap();
+        let (journal, _notices) = Journal::start().unwrap();
+        let mut registry = Registry::default();
+        let metrics = Metrics::register(&mut registry);
+        let small = DriverConfig { budget_bytes: 4 << 20, ..DriverConfig::default() };
+        let runtime = tokio::runtime::Handle::current();
+        let (driver, thread) =
+            Driver::start(small, Frontends::default(), Box::new(journal.clone()), metrics, runtime).unwrap();
+        let mounts = Mounts::new(Parts {
+            config: config.clone(),
+            store,
+            driver: driver.clone(),
+            journal: journal.clone(),
+            secrets: Secrets::open(dir.path().join("credentials.json")),
+            keeper: Err("none in this test".into()),
+        });
+        mounts.restore().await.unwrap();
+        let (sender, stop) = watch::channel(None);
+        let api = Api { mounts: Arc::clone(&mounts), registry: Arc::new(registry), stop: sender };
+        let serving = tokio::spawn(control::serve(control::listen(&config.socket).unwrap(), api));
+        let client = Client::connect(&config.socket).await.unwrap();
+        Self { dir, client, mounts, journal, driver, thread, stop, serving }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    async fn end(self) -> TempDir {
+        self.driver.shutdown().await.unwrap();
+        self.thread.join().unwrap().unwrap();
+        self.journal.stop();
+        self.mounts.finish().await.unwrap();
+        self.serving.abort();
+        let _ = self.serving.await;
+        self.dir
+    }
+
+    /// The status and words of a refused mount.
+    async fn refused(&self, image: &str, target: &Path) -> (u16, String, Option<String>) {
+        match self.client.mount(&MountRequest::new(image, target)).await {
+            Err(ClientError::Api { error, status }) => (status, error.error, error.remedy),
+            other => panic!("{image} on {}: {other:?}", target.display()),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_tells_what_this_node_can_and_cannot() {
+    let daemon = Daemon::start(tempfile::tempdir().unwrap()).await;
+    let status = daemon.client.status().await.unwrap();
+    assert_eq!(status.pid, std::process::id());
+    assert_eq!(status.version, env!("CARGO_PKG_VERSION"));
+    assert_eq!(status.root, daemon.path("root"));
+    assert!(!status.keeper.connected && status.mounts.is_empty() && status.blobs.is_empty());
+    let fanotify = status.modes.iter().find(|mode| mode.mode == AttachMode::Fanotify).unwrap();
+    assert!(!fanotify.usable && fanotify.reason.contains("none in this test"), "{fanotify:?}");
+    assert_eq!(daemon.client.mounts().await.unwrap(), []);
+    let metrics = daemon.client.metrics().await.unwrap();
+    assert!(metrics.contains("skimmer_reads_total") && metrics.ends_with("# EOF\n"), "{metrics}");
+    daemon.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_refused_with_reason_and_status() {
+    let daemon = Daemon::start(tempfile::tempdir().unwrap()).await;
+    let (target, file, tree) = (daemon.path("mnt"), daemon.path("file"), daemon.path("tree"));
+    std::fs::create_dir(&target).unwrap();
+    std::fs::create_dir(&tree).unwrap();
+    std::fs::write(&file, b"x").unwrap();
+
+    let (status, error, _) = daemon.refused("oci:/x", Path::new("mnt")).await;
+    assert!(status == 400 && error.contains("absolute"), "{error}");
+    let (status, error, remedy) = daemon.refused("oci:/x", &daemon.path("nowhere")).await;
+    assert!(status == 404 && error.contains("nowhere") && remedy.is_some(), "{error}");
+    let (status, error, _) = daemon.refused("oci:/x", &file).await;
+    assert!(status == 400 && error.contains("not a directory"), "{error}");
+    let (status, error, _) = daemon.refused("oci:relative", &target).await;
+    assert!(status == 400 && error.contains("relative"), "{error}");
+    let (status, error, remedy) = daemon.refused(tree.to_str().unwrap(), &target).await;
+    assert!(status == 400 && error.contains("plain directory"), "{error}");
+    assert!(remedy.unwrap().contains("skimmer convert"));
+    let (status, error, _) = daemon.refused("oci:/nonexistent/layout", &target).await;
+    assert!(status == 502 && error.contains("/nonexistent/layout"), "{error}");
+    let (status, error, _) = daemon.refused("UPPER CASE!", &target).await;
+    assert!(status == 400 && error.contains("UPPER"), "{error}");
+
+    match daemon.client.umount(&target, false).await {
+        Err(ClientError::Api { error, status: 404 }) => assert!(error.error.contains("no image is mounted")),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(std::fs::read_dir(daemon.path("root/blobs")).unwrap().count(), 0, "nothing is left behind");
+    daemon.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_request_of_ours_gets_json_all_the_same() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let daemon = Daemon::start(tempfile::tempdir().unwrap()).await;
+    let cases = [
+        ("GET /v1/nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "404", "/v1/nothing"),
+        (
+            "POST /v1/mounts HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+             content-length: 30\r\n\r\n{\"image\":\"a\",\"target\":\"/\",\"q\":1}",
+            "400",
+            "JSON",
+        ),
+        (
+            "POST /v1/mounts HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+             content-length: 32\r\n\r\n{\"image\":\"a\",\"target\":\"/\",\"q\":1} ",
+            "400",
+            "`q`",
+        ),
+        ("DELETE /v1/mounts HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "400", "target"),
+    ];
+    for (request, status, word) in cases {
+        let mut stream = tokio::net::UnixStream::connect(daemon.path("d.sock")).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).await.unwrap();
+        assert!(reply.starts_with(&format!("HTTP/1.1 {status}")), "{request}\n{reply}");
+        let body = reply.split("\r\n\r\n").nth(1).unwrap();
+        let error: skimmer_client::ApiError = serde_json::from_str(body).unwrap();
+        assert!(error.error.contains(word), "{error}");
+    }
+    daemon.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_request_ends_the_server_after_its_answer() {
+    let mut daemon = Daemon::start(tempfile::tempdir().unwrap()).await;
+    let report = daemon.client.shutdown(true).await.unwrap();
+    assert!(report.unmounted.is_empty() && report.remaining.is_empty());
+    assert!(!report.keeper_stopped, "there is none");
+    assert_eq!(*daemon.stop.wait_for(Option::is_some).await.unwrap(), Some(Stop::Daemon));
+    (&mut daemon.serving).await.unwrap().unwrap();
+    let dir = daemon.driver.shutdown().await.map(|()| daemon.dir).unwrap();
+    daemon.thread.join().unwrap().unwrap();
+    daemon.journal.stop();
+    daemon.mounts.finish().await.unwrap();
+    drop(daemon.mounts);
+    assert!(Store::open(&dir.path().join("root")).unwrap().load_mounts().unwrap().clean);
+}
+
+#[tokio::test]
+async fn the_socket_is_private_and_only_a_dead_one_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("d.sock");
+    let first = control::listen(&path).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(matches!(control::listen(&path), Err(SocketError::InUse(_))));
+    drop(first);
+    let second = control::listen(&path).unwrap();
+    drop(second);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, b"a file").unwrap();
+    assert!(matches!(control::listen(&path), Err(SocketError::NotASocket(_))));
+    assert_eq!(std::fs::read(&path).unwrap(), b"a file");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_of_mounts_that_are_gone_are_dropped_at_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned();
+    for boot in [boot, "another boot".into()] {
+        let store = Store::open(&root).unwrap();
+        let attachment = AttachmentRecord {
+            bootstrap: "a".repeat(64),
+            mode: AttachMode::Fanotify,
+            device: "0:999999".into(),
+            bdi: Some("erofs-999999999".into()),
+            mounts: vec![skimmer_client::Mount {
+                target: "/nonexistent/target".into(),
+                image: "oci:/x".into(),
+                manifest: String::new(),
+                mode: AttachMode::Fanotify,
+                reason: String::new(),
+                bootstrap: "a".repeat(64),
+                blobs: vec![],
+                mounted_at: 0,
+            }],
+        };
+        store.save_mounts(&MountsRecord { boot, clean: false, attachments: vec![attachment] }).unwrap();
+    }
+    let daemon = Daemon::start(dir).await;
+    assert_eq!(daemon.client.mounts().await.unwrap(), []);
+    let dir = daemon.end().await;
+
+    std::fs::write(root.join("mounts.json"), b"not json").unwrap();
+    let daemon = Daemon::start(dir).await;
+    assert_eq!(daemon.client.status().await.unwrap().mounts, []);
+    daemon.end().await;
+}

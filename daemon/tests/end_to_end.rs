@@ -1,0 +1,298 @@
+//! The whole daemon on the running kernel: a packed directory, mounted through fanotify by the real `skimmerd`.
+#![allow(clippy::unwrap_used, reason = "a test may fail by panic")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use skimmer_client::{AttachMode, Client, ClientError, MountRequest, StartOptions};
+use skimmer_fetcher::layout::Layout;
+use tempfile::TempDir;
+
+/// Set for the process that plays the keeper.
+const KEEPER_SOCKET: &str = "SKIMMER_TEST_KEEPER_SOCKET";
+
+/// Not a test: what [`World::start`] runs this very program for, so that the keeper is a process of its own.
+#[test]
+#[ignore = "runs only as the keeper of the other tests"]
+fn keeper_process() {
+    let Some(socket) = std::env::var_os(KEEPER_SOCKET) else { return };
+    let mut config = skimmer_keeper::server::Config::new(PathBuf::from(socket));
+    config.oom_score_adj = 0;
+    skimmer_keeper::server::Server::new(config).unwrap().run();
+}
+
+/// A directory with everything, a keeper, and a daemon that can be killed.
+struct World {
+    dir: TempDir,
+    keeper: Child,
+    daemon: Option<Child>,
+}
+
+impl World {
+    /// `None`, after saying why, where this kernel or user cannot run it.
+    fn start() -> Option<Self> {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        if let Err(why) = skimmer_fanotify::probe(dir.path()) {
+            eprintln!("SKIPPED: {why}");
+            return None;
+        }
+        if let Err(why) = skimmer_daemon::mounts::kernel::probe_erofs() {
+            eprintln!("SKIPPED: {why}");
+            return None;
+        }
+        let keeper = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "keeper_process"])
+            .env(KEEPER_SOCKET, dir.path().join("keeper.sock"))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let world = Self { dir, keeper, daemon: None };
+        for name in ["mnt", "mnt2", "tree/deep/er"] {
+            std::fs::create_dir_all(world.path(name)).unwrap();
+        }
+        Some(world)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path("skimmerd.sock")
+    }
+
+    /// Starts `skimmerd` and waits until it answers.
+    async fn start_daemon(&mut self) -> Client {
+        wait_for(&self.path("keeper.sock")).await;
+        let child = Command::new(env!("CARGO_BIN_EXE_skimmerd"))
+            .arg("--root")
+            .arg(self.path("root"))
+            .arg("--socket")
+            .arg(self.socket())
+            .stderr(std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap())
+            .spawn()
+            .unwrap();
+        self.daemon = Some(child);
+        for _ in 0..1500 {
+            if let Ok(client) = Client::connect(self.socket()).await {
+                return client;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("skimmerd does not answer:\n{}", self.log());
+    }
+
+    fn kill_daemon(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Files of many sizes; the content of each depends on its number.
+    fn fill_tree(&self) {
+        for (number, size) in (0_u32..).zip([1_usize, 4096, 5000, 70_000, 1 << 20, 3_500_000, 12_000_000, 0])
+        {
+            let dir = if number % 2 == 0 { "tree" } else { "tree/deep/er" };
+            let file = self.path(dir).join(format!("file{number}"));
+            std::fs::write(file, content(number, size)).unwrap();
+        }
+        std::os::unix::fs::symlink("deep/er/file1", self.path("tree/link")).unwrap();
+    }
+
+    /// Packs the tree and returns the image's name.
+    fn pack(&self, name: &str) -> String {
+        let layout = Layout::create(self.path(name)).unwrap();
+        let input = skimmer_mkfs::Input::Directory(self.path("tree"));
+        skimmer_mkfs::convert(input, &layout, &skimmer_mkfs::Options::default(), &()).unwrap();
+        format!("oci:{}", self.path(name).display())
+    }
+
+    fn assert_same(&self, mount: &str) {
+        let output = Command::new("diff")
+            .args(["-r", "--no-dereference"])
+            .arg(self.path("tree"))
+            .arg(self.path(mount))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stdout), self.log());
+    }
+
+    /// Nothing of this world is mounted, and neither process is left.
+    async fn assert_all_gone(mut self, client: &Client) {
+        let report = client.shutdown(true).await.unwrap();
+        assert!(report.remaining.is_empty() && report.keeper_stopped, "{report:?}");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(&*self.dir.path().to_string_lossy()), "{mounts}");
+        assert!(self.daemon.take().unwrap().wait().unwrap().success(), "{}", self.log());
+        assert!(self.keeper.wait().unwrap().success());
+    }
+}
+
+impl Drop for World {
+    /// After a failed test: unmounts, then ends what is left.
+    fn drop(&mut self) {
+        for target in ["mnt", "mnt2"] {
+            while skimmer_daemon::mounts::kernel::umount(&self.path(target), true).is_ok() {}
+        }
+        // A daemon that was started detached is no child of ours to hold; its pid is in the lock.
+        let pid =
+            std::fs::read_to_string(self.path("root/lock")).ok().and_then(|pid| pid.trim().parse().ok());
+        let pid = pid.and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = pid.filter(|_| std::thread::panicking()) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        for child in [self.daemon.as_mut(), Some(&mut self.keeper)].into_iter().flatten() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn content(number: u32, size: usize) -> Vec<u8> {
+    let mut state = u64::from(number) * 2 + 1;
+    let next = |state: &mut u64| {
+        *state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
+        state.to_le_bytes()[7]
+    };
+    (0..size).map(|_| next(&mut state)).collect()
+}
+
+async fn wait_for(path: &Path) {
+    for _ in 0..1500 {
+        if path.exists() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("{} does not appear", path.display());
+}
+
+async fn until_ready(client: &Client) {
+    for _ in 0..1500 {
+        let status = client.status().await.unwrap();
+        if status.blobs.iter().all(|blob| blob.ready_bytes == blob.referenced_bytes && !blob.watched) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("never complete: {:#?}", client.status().await.unwrap().blobs);
+}
+
+fn drop_caches() {
+    std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mount_read_unmount_and_nothing_is_left() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    let mount = client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    assert_eq!(mount.mode, AttachMode::Fanotify, "{}", mount.reason);
+
+    let clone = client.mount(&MountRequest::new(&image, world.path("mnt2"))).await.unwrap();
+    assert!(clone.reason.contains("shares"), "{}", clone.reason);
+    let again = client.mount(&MountRequest::new(&image, world.path("mnt2"))).await;
+    assert!(matches!(again, Err(ClientError::Api { status: 409, .. })), "{again:?}");
+    assert_eq!(client.umount(world.path("mnt"), false).await.unwrap().target, mount.target);
+    world.assert_same("mnt2");
+    until_ready(&client).await;
+
+    let open = std::fs::File::open(world.path("mnt2/file0")).unwrap();
+    let busy = client.umount(world.path("mnt2"), false).await;
+    assert!(matches!(busy, Err(ClientError::Api { status: 409, .. })), "{busy:?}");
+    drop(open);
+    client.umount(world.path("mnt2"), false).await.unwrap();
+    assert!(client.status().await.unwrap().blobs.is_empty());
+
+    let warm = client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    assert_eq!(warm.mode, AttachMode::Local, "{}", warm.reason);
+    drop_caches();
+    world.assert_same("mnt");
+    world.assert_all_gone(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_daemon_costs_a_wait_and_no_byte() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    let file = world.path("mnt/deep/er/file3");
+    assert_eq!(std::fs::read(&file).unwrap(), content(3, 70_000));
+    world.kill_daemon();
+
+    let reader = {
+        let file = world.path("mnt/file6");
+        std::thread::spawn(move || std::fs::read(file))
+    };
+    let client = world.start_daemon().await;
+    assert_eq!(client.mounts().await.unwrap().len(), 1, "{}", world.log());
+    assert!(reader.join().unwrap().unwrap() == content(6, 12_000_000));
+    drop_caches();
+    world.assert_same("mnt");
+    until_ready(&client).await;
+
+    // Complete and recorded: the kernel serves alone, and the next daemon knows it.
+    world.kill_daemon();
+    drop_caches();
+    world.assert_same("mnt");
+    let client = world.start_daemon().await;
+    until_ready(&client).await;
+    world.assert_all_gone(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_that_lies_is_never_shown() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let blobs = world.path("img/blobs/sha256");
+    let blob = std::fs::read_dir(&blobs).unwrap().map(|entry| entry.unwrap().path());
+    let blob = blob.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let mut bytes = std::fs::read(&blob).unwrap();
+    let length = bytes.len();
+    for byte in &mut bytes[..length * 9 / 10] {
+        *byte ^= 0x55;
+    }
+    std::fs::write(&blob, bytes).unwrap();
+
+    std::fs::write(world.path("config.toml"), "[fetch]\nread_deadline_s = 2\n").unwrap();
+    let options = StartOptions {
+        socket: world.socket(),
+        program: Some(env!("CARGO_BIN_EXE_skimmerd").into()),
+        args: vec![
+            "--root".into(),
+            world.path("root").display().to_string(),
+            "--config".into(),
+            world.path("config.toml").display().to_string(),
+        ],
+        log: Some(world.path("log")),
+        wait: Duration::from_secs(30),
+    };
+    wait_for(&world.path("keeper.sock")).await;
+    let (client, started) = Client::connect_or_start(&options).await.unwrap();
+    assert!(started);
+    let refused = client.mount(&MountRequest::new(&image, world.path("mnt"))).await;
+    let Err(ClientError::Api { error, status: 502 }) = refused else { panic!("{refused:?}") };
+    assert!(error.error.contains("blob"), "{error}");
+    assert_eq!(client.mounts().await.unwrap(), []);
+    assert_eq!(std::fs::read_dir(world.path("mnt")).unwrap().count(), 0);
+    // What the failed mount needed is released, at the latest with the next sweep.
+    for _ in 0..1500 {
+        if client.status().await.unwrap().blobs.is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let report = client.shutdown(true).await.unwrap();
+    assert!(report.keeper_stopped, "{report:?}\n{}", world.log());
+    assert!(world.keeper.wait().unwrap().success());
+}
