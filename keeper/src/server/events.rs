@@ -1,7 +1,6 @@
 //! The accesses that wait for an answer: a fixed number of slots, nothing is allocated per event.
 
 use crate::protocol::{EventId, FileId};
-use skimmer_fanotify::PreAccess;
 use std::collections::VecDeque;
 
 /// Bits of an event's name that are its slot; the rest counts up and is never used twice.
@@ -11,27 +10,27 @@ pub(crate) const SLOTS_MAX: u16 = u16::MAX;
 
 /// One waiting access.
 #[derive(Debug)]
-pub(crate) struct Event {
+pub(crate) struct Event<T> {
     pub(crate) id: EventId,
     pub(crate) file: FileId,
     pub(crate) offset: u64,
     pub(crate) count: u64,
     /// The daemon that is connected has it.
     sent: bool,
-    token: PreAccess,
+    token: T,
 }
 
-/// All of them.
+/// All of them. `T` is what answers one.
 #[derive(Debug)]
-pub(crate) struct EventTable {
-    slots: Box<[Option<Event>]>,
+pub(crate) struct EventTable<T> {
+    slots: Box<[Option<Event<T>>]>,
     free: Vec<u16>,
     /// Slots that the daemon has not been told of, oldest first.
     unsent: VecDeque<u16>,
     next: u64,
 }
 
-impl EventTable {
+impl<T> EventTable<T> {
     pub(crate) fn new(slots: u16) -> Self {
         Self {
             slots: (0..slots).map(|_| None).collect(),
@@ -49,8 +48,8 @@ impl EventTable {
         self.slots.len() - self.free.len()
     }
 
-    /// Takes an access in. Without a free slot it is dropped, which denies it; callers look at [`Self::free`] first.
-    pub(crate) fn insert(&mut self, file: FileId, offset: u64, count: u64, token: PreAccess) {
+    /// Takes an access in. Without a free slot its token is dropped, which denies it; callers look at [`Self::free`] first.
+    pub(crate) fn insert(&mut self, file: FileId, offset: u64, count: u64, token: T) {
         let Some(slot) = self.free.pop() else { return };
         let id = EventId(self.next << SLOT_BITS | u64::from(slot));
         self.next += 1;
@@ -59,7 +58,7 @@ impl EventTable {
     }
 
     /// Takes the access of that name out to answer it; `None` for a name that does not wait.
-    pub(crate) fn take(&mut self, id: EventId) -> Option<(FileId, PreAccess)> {
+    pub(crate) fn take(&mut self, id: EventId) -> Option<(FileId, T)> {
         let slot = u16::try_from(id.0 & u64::from(u16::MAX)).ok()?;
         let entry = self.slots.get_mut(usize::from(slot))?;
         let event = entry.take_if(|event| event.id == id)?;
@@ -76,7 +75,7 @@ impl EventTable {
     }
 
     /// The oldest access that the daemon has not been told of.
-    pub(crate) fn next_unsent(&self) -> Option<&Event> {
+    pub(crate) fn next_unsent(&self) -> Option<&Event<T>> {
         self.unsent.front().and_then(|&slot| self.slots[usize::from(slot)].as_ref())
     }
 
@@ -99,5 +98,96 @@ impl EventTable {
         let slots = &self.slots;
         let age = |&slot: &u16| slots[usize::from(slot)].as_ref().map(|event| event.id);
         self.unsent.make_contiguous().sort_unstable_by_key(age);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashSet;
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Insert(u64),
+        Send,
+        /// Answers one of those that wait.
+        Take(usize),
+        /// Answers a name that never was or no longer is.
+        TakeStale(u64),
+        Resend,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0..3u64).prop_map(Step::Insert),
+            3 => Just(Step::Send),
+            3 => any::<usize>().prop_map(Step::Take),
+            1 => any::<u64>().prop_map(Step::TakeStale),
+            1 => Just(Step::Resend),
+        ]
+    }
+
+    proptest! {
+        /// Against a plain list: names are never used twice, the daemon hears of each access once per connection, in
+        /// order, and every token comes out exactly once.
+        #[test]
+        fn behaves_like_a_list(steps in proptest::collection::vec(step(), 0..200)) {
+            const SLOTS: u16 = 8;
+            let mut table = EventTable::new(SLOTS);
+            let mut list: Vec<(EventId, u64, u64, bool)> = Vec::new();
+            let mut names = HashSet::new();
+            for (token, step) in (0u64..).zip(steps) {
+                match step {
+                    Step::Insert(file) => {
+                        if table.free() == 0 {
+                            continue;
+                        }
+                        table.insert(FileId(file), token, 1, token);
+                        let id = table.slots.iter().flatten().map(|event| event.id).max().unwrap();
+                        prop_assert!(names.insert(id));
+                        list.push((id, file, token, false));
+                    }
+                    Step::Send => {
+                        let next = list.iter_mut().find(|(.., sent)| !sent);
+                        let told = table.next_unsent().map(|event| (event.id, event.offset));
+                        prop_assert_eq!(told, next.as_ref().map(|(id, _, token, _)| (*id, *token)));
+                        table.mark_sent();
+                        if let Some((.., sent)) = next {
+                            *sent = true;
+                        }
+                    }
+                    Step::Take(which) if !list.is_empty() => {
+                        let (id, file, token, _) = list.remove(which % list.len());
+                        prop_assert_eq!(table.take(id), Some((FileId(file), token)));
+                        prop_assert_eq!(table.take(id), None);
+                    }
+                    Step::Take(_) => {}
+                    Step::TakeStale(name) => {
+                        let id = EventId(name);
+                        prop_assume!(list.iter().all(|(known, ..)| *known != id));
+                        prop_assert_eq!(table.take(id), None);
+                    }
+                    Step::Resend => {
+                        table.resend_all();
+                        list.iter_mut().for_each(|(.., sent)| *sent = false);
+                    }
+                }
+                prop_assert_eq!(table.len(), list.len());
+                for file in 0..3 {
+                    let found = table.of_file(FileId(file)).is_some();
+                    prop_assert_eq!(found, list.iter().any(|(_, known, ..)| *known == file));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_table_drops_the_token() {
+        let mut table = EventTable::new(1);
+        let token = std::rc::Rc::new(());
+        table.insert(FileId(1), 0, 1, token.clone());
+        table.insert(FileId(1), 0, 1, token.clone());
+        assert_eq!((std::rc::Rc::strong_count(&token), table.len(), table.free()), (2, 1, 0));
     }
 }

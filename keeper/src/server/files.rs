@@ -192,3 +192,66 @@ fn unmark(group: &Group, watched: &Watched) -> Result<(), Errno> {
         Err(error) => Err(Errno::new(error.raw_os_error()).unwrap_or(Errno::IO)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use skimmer_fanotify::EventAccess;
+    use std::fs::File;
+
+    fn file(dir: &tempfile::TempDir, name: &str) -> (File, OwnedFd, Inode) {
+        let file =
+            File::options().read(true).write(true).create_new(true).open(dir.path().join(name)).unwrap();
+        let writer = OwnedFd::from(file.try_clone().unwrap());
+        let (inode, _) = Inode::of(file.as_fd()).unwrap();
+        (file, writer, inode)
+    }
+
+    #[test]
+    fn only_complete_files_are_let_through() {
+        let dir = tempfile::tempdir().unwrap();
+        if let Err(why) = skimmer_fanotify::probe(dir.path()) {
+            eprintln!("SKIPPED: {why}");
+            return;
+        }
+        let group = Group::new(EventAccess::ReadOnly).unwrap();
+        let label = Label::new("").unwrap();
+        let mut files = Files::new(2);
+        let (first, writer, inode) = file(&dir, "first");
+        assert_eq!(files.judge(inode), Verdict::Deny);
+        files.watch(&group, FileId(1), label, writer).unwrap();
+        assert_eq!(files.judge(inode), Verdict::Relay(FileId(1)));
+
+        // Complete with an access waiting: it drains, and what comes late is let through.
+        files.event_added(FileId(1));
+        files.unwatch(&group, FileId(1), true).unwrap();
+        assert_eq!((files.judge(inode), files.len(), files.names().len()), (Verdict::Allow, 1, 0));
+        assert_eq!(files.draining(), [FileId(1)]);
+        files.event_answered(FileId(1));
+        assert_eq!((files.judge(inode), files.len()), (Verdict::Allow, 0));
+
+        // Watched anew and unwatched incomplete, it is no longer known as complete.
+        let writer = OwnedFd::from(first);
+        files.watch(&group, FileId(2), label, writer).unwrap();
+        assert_eq!(files.judge(inode), Verdict::Relay(FileId(2)));
+        files.unwatch(&group, FileId(2), false).unwrap();
+        assert_eq!(files.judge(inode), Verdict::Deny);
+    }
+
+    #[test]
+    fn the_table_has_an_end() {
+        let dir = tempfile::tempdir().unwrap();
+        if let Err(why) = skimmer_fanotify::probe(dir.path()) {
+            eprintln!("SKIPPED: {why}");
+            return;
+        }
+        let group = Group::new(EventAccess::ReadOnly).unwrap();
+        let label = Label::new("").unwrap();
+        let mut files = Files::new(1);
+        let (_one, writer, _) = file(&dir, "one");
+        files.watch(&group, FileId(1), label, writer).unwrap();
+        let (_two, writer, inode) = file(&dir, "two");
+        assert_eq!(files.watch(&group, FileId(2), label, writer).unwrap_err().raw(), libc::EMFILE);
+        assert_eq!(files.judge(inode), Verdict::Deny);
+    }
+}

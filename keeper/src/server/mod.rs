@@ -1,25 +1,27 @@
 //! The process: one thread, one poll loop, nothing allocated per event.
 
+mod config;
 mod events;
 mod files;
 mod listener;
 mod log;
 mod peer;
 mod process;
+mod succession;
 
 use crate::packet::{self, Received};
-use crate::protocol::{Errno, EventId, ProtocolError, Refusal, Reply, Request};
+use crate::protocol::{Errno, EventId, ProtocolError, Reply, Request};
+pub use config::{Config, StartError};
 use events::EventTable;
 use files::{Files, Inode, Verdict};
 use listener::Listener;
 use log::{Limit, log};
-use peer::{Outgoing, Peer, Process, refuse};
+use peer::{Outgoing, Peer, Process};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno as Sys;
 use skimmer_fanotify::{
     AnswerError, DenyErrno, EventAccess, EventBuffer, Group, GroupError, Notification, PreAccess,
 };
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
@@ -27,53 +29,8 @@ use std::time::{Duration, Instant};
 
 /// Descriptors that are neither event nor watched file.
 const RESERVED_FDS: u64 = 64;
-/// How long a daemon may wait for its predecessor to finish dying.
-const SUCCESSION_PATIENCE: Duration = Duration::from_secs(5);
 /// Group reads, commands and sends in one turn of the loop, so that none starves the others.
 const BATCH: usize = 256;
-
-/// How to run.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Where to listen.
-    pub socket: PathBuf,
-    /// The device to hold on request.
-    pub device: PathBuf,
-    /// For `/proc/self/oom_score_adj`.
-    pub oom_score_adj: i32,
-    /// Accesses that can wait at once; further ones wait in the kernel's queue.
-    pub events: u16,
-}
-
-impl Config {
-    /// The defaults, listening there.
-    #[must_use]
-    pub fn new(socket: impl Into<PathBuf>) -> Self {
-        let device = skimmer_cachefiles::device::DEVICE_PATH.into();
-        Self { socket: socket.into(), device, oom_score_adj: -1000, events: 4096 }
-    }
-}
-
-/// Why the keeper did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// Another keeper has that socket.
-    #[error("{}: another keeper is running there", .0.display())]
-    Running(PathBuf),
-    /// The socket could not be made.
-    #[error("{}: {what}: {source}", path.display())]
-    Socket {
-        /// Socket or its lock file.
-        path: PathBuf,
-        /// Step.
-        what: &'static str,
-        /// Cause.
-        source: io::Error,
-    },
-    /// Signals could not be redirected.
-    #[error("redirecting signals: {0}")]
-    Signals(#[source] io::Error),
-}
 
 /// The keeper's state.
 #[derive(Debug)]
@@ -83,7 +40,7 @@ pub struct Server {
     /// The error is what `Watch` answers on a kernel without the feature.
     group: Result<Group, GroupError>,
     files: Files,
-    events: EventTable,
+    events: EventTable<PreAccess>,
     buffer: EventBuffer,
     device_path: PathBuf,
     device: Option<OwnedFd>,
@@ -419,102 +376,6 @@ impl Server {
         Ok(())
     }
 
-    /// Takes in a new connection.
-    fn accept(&mut self) {
-        let newcomer = match self.listener.accept().map(|socket| socket.map(Peer::identify)) {
-            Ok(Some(Ok(Some(peer)))) => peer,
-            Ok(None | Some(Ok(None))) => return,
-            Ok(Some(Err(error))) | Err(error) => {
-                if self.group_errors.pass() {
-                    log!("a connection failed: {error}");
-                }
-                return;
-            }
-        };
-        if self.peer.as_ref().is_some_and(|peer| peer.process.is_dead()) {
-            self.disconnect(&Hangup::Dead);
-        }
-        if self.fence.as_ref().is_some_and(|fence| fence.pid == newcomer.process.pid || fence.is_dead()) {
-            self.fence = None;
-        }
-        match (&self.peer, &self.fence, &self.successor) {
-            (None, None, _) => self.welcome(newcomer),
-            (None, Some(_), None) => self.successor = Some((newcomer, Instant::now() + SUCCESSION_PATIENCE)),
-            (Some(Peer { process: holder, .. }), ..) | (None, Some(holder), Some(_)) => {
-                log!("refused process {}: process {} is served", newcomer.process.pid, holder.pid);
-                refuse(newcomer.socket.as_fd(), Refusal::Busy(holder.pid));
-            }
-        }
-    }
-
-    /// Lets the waiting daemon in when its predecessor is dead, or turns it away when its time is up.
-    fn succeed(&mut self) {
-        let Some((_, until)) = &self.successor else { return };
-        match &self.fence {
-            Some(fence) if Instant::now() >= *until => {
-                let holder = fence.pid;
-                log!("process {holder} closed its connection but lives on; its successor is turned away");
-                if let Some((peer, _)) = self.successor.take() {
-                    refuse(peer.socket.as_fd(), Refusal::Busy(holder));
-                }
-            }
-            Some(_) => {}
-            None => {
-                if let Some((peer, _)) = self.successor.take() {
-                    self.welcome(peer);
-                }
-            }
-        }
-    }
-
-    /// Starts to serve a daemon: it learns what is held and is sent every access that waits.
-    fn welcome(&mut self, mut peer: Peer) {
-        let mut names = self.files.names();
-        let files = u64::try_from(names.len()).unwrap_or(u64::MAX);
-        let pid = rustix::process::getpid().as_raw_nonzero().get();
-        let welcome = Reply::Welcome { pid, device_held: self.device.is_some(), files };
-        names.reverse();
-        peer.welcome = names;
-        self.events.resend_all();
-        log!("serving process {}; {}", peer.process.pid, self.held());
-        match peer.send(&welcome, None) {
-            Ok(true) => self.peer = Some(peer),
-            // A fresh socket has room; without it something is badly wrong with this peer.
-            Ok(false) | Err(_) => log!("process {} is gone before its welcome", peer.process.pid),
-        }
-    }
-
-    fn process_died(&mut self) {
-        if self.peer.as_ref().is_some_and(|peer| peer.process.is_dead()) {
-            self.disconnect(&Hangup::Dead);
-        }
-        if self.fence.as_ref().is_some_and(Process::is_dead) {
-            self.fence = None;
-        }
-    }
-
-    /// Ends a connection. What was not answered waits for the next daemon, except for files that are complete.
-    fn disconnect(&mut self, hangup: &Hangup) {
-        let Some(peer) = self.peer.take() else { return };
-        let pid = peer.process.pid;
-        match hangup {
-            Hangup::Closed | Hangup::Dead => log!("process {pid} is gone; {}", self.held()),
-            Hangup::Broken(error) => {
-                log!("process {pid} broke the protocol: {error}");
-                refuse(peer.socket.as_fd(), Refusal::Protocol);
-            }
-            Hangup::Failed(errno) => log!("connection of process {pid}: {errno}"),
-        }
-        if peer.entrusted && !peer.process.is_dead() {
-            self.fence = Some(peer.process);
-        }
-        for file in self.files.draining() {
-            while let Some(event) = self.events.of_file(file) {
-                self.answer(event, None);
-            }
-        }
-    }
-
     fn signalled(&mut self) {
         // One `signalfd_siginfo` of 128 bytes per signal; it starts with the number.
         let mut info = [0; 128];
@@ -566,7 +427,7 @@ struct Ready {
 }
 
 /// Decides about one access: relay, let through or deny.
-fn admit(files: &mut Files, events: &mut EventTable, denials: &mut Limit, token: PreAccess) {
+fn admit(files: &mut Files, events: &mut EventTable<PreAccess>, denials: &mut Limit, token: PreAccess) {
     let (inode, stat) = match Inode::of(token.as_fd()) {
         Ok(found) => found,
         Err(errno) => {
