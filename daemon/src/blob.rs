@@ -350,3 +350,83 @@ fn chunk_digest(algo: DigestAlgo, digest: [u8; 32]) -> skimmer_fetcher::chunk::C
         DigestAlgo::Sha256 => ChunkDigest::Sha256(digest),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use skimmer_fetcher::chunk::{ChunkDigest, Codec};
+
+    use super::*;
+
+    const ID: BlobId = BlobId::new([7; 32]);
+
+    fn chunk(index: u32, start: u64, len: u32) -> BlobChunk {
+        let digest = ChunkDigest::Blake3([0; 32]);
+        let stored_offset = u64::from(index) * 100;
+        let spec = ChunkSpec { stored_offset, stored_len: 100, len, codec: Codec::Zstd, digest };
+        BlobChunk { index, start, spec }
+    }
+
+    fn why(chunks: &[BlobChunk]) -> String {
+        BlobSpec::from_chunks(ID, 40960, 1000, chunks.to_vec()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn ids_are_lower_case_hex() {
+        let id: BlobId = "0f".repeat(32).parse().unwrap();
+        assert_eq!((id.bytes(), id.hex()), (&[15; 32], "0f".repeat(32)));
+        assert_eq!(id.to_string(), id.hex());
+        for bad in [String::new(), "0F".repeat(32), "0f".repeat(31), "0g".repeat(32), "0f".repeat(33)] {
+            assert!(bad.parse::<BlobId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn chunks_that_cannot_be_are_named() {
+        let spec =
+            BlobSpec::from_chunks(ID, 40960, 1000, vec![chunk(3, 8192, 4097), chunk(0, 0, 5)]).unwrap();
+        assert_eq!(spec.chunks.iter().map(|chunk| chunk.index).collect::<Vec<_>>(), [0, 3]);
+        assert_eq!(spec.referenced_bytes(), 12288);
+        assert!(why(&[chunk(1, 100, 5)]).contains("chunk 1: its device offset"));
+        assert!(why(&[chunk(1, 0, 0)]).contains("length"));
+        assert!(why(&[chunk(1, 0, MAX_CHUNK_LEN + 1)]).contains("length"));
+        assert!(why(&[chunk(1, 0, 4097), chunk(2, 4096, 5)]).contains("chunk 2: it overlaps"));
+        assert!(why(&[chunk(1, 36864, 4097)]).contains("past the end of the device"));
+        assert!(why(&[chunk(1, u64::MAX - 4095, 1)]).contains("past the end of the device"));
+        assert!(why(&[chunk(10, 0, 5)]).contains("past the end of the blob"));
+        assert!(why(&[chunk(1, 0, 5), chunk(1, 4096, 5)]).contains("two chunks"));
+        assert!(why(&[chunk(MAX_CHUNK_INDEX + 1, 0, 5)]).contains("limit"));
+        assert!(BlobSpec::from_chunks(ID, 4097, 0, Vec::new()).is_err());
+    }
+
+    #[test]
+    fn images_over_one_blob_add_up_or_disagree() {
+        let spec = |chunks: &[BlobChunk]| BlobSpec::from_chunks(ID, 40960, 1000, chunks.to_vec()).unwrap();
+        let (a, b, c) = (chunk(0, 0, 5), chunk(1, 4096, 5), chunk(2, 8192, 5));
+        let both = spec(&[a.clone(), c.clone()]).merged(&spec(&[b.clone(), c.clone()])).unwrap();
+        assert_eq!(*both.chunks, [a.clone(), b.clone(), c]);
+        assert!(both.is_complete(&[0, 1, 2].into_iter().collect()));
+        assert!(!both.is_complete(&[0, 2].into_iter().collect()));
+        assert_eq!(both.ready_bytes(&[0, 2, 9].into_iter().collect()), 8192);
+        let moved = BlobChunk { start: 12288, ..b.clone() };
+        assert!(spec(&[b.clone()]).merged(&spec(&[moved])).is_err());
+        let smaller = BlobSpec::from_chunks(ID, 36864, 1000, vec![b]).unwrap();
+        assert!(spec(&[a]).merged(&smaller).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn ready_bits_are_a_set(ops in prop::collection::vec((any::<bool>(), 0..500u32), 0..200)) {
+            let (mut bits, mut model) = (ReadyBits::new(), std::collections::BTreeSet::new());
+            for (insert, index) in ops {
+                if insert { bits.insert(index); model.insert(index); } else { bits.remove(index); model.remove(&index); }
+            }
+            prop_assert_eq!(bits.iter().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
+            prop_assert_eq!(bits.count(), u64::try_from(model.len()).unwrap());
+            let copy = ReadyBits::from_words(bits.words().to_vec());
+            prop_assert_eq!(&copy, &bits);
+            bits.insert(u32::MAX);
+            prop_assert_eq!(copy, bits);
+        }
+    }
+}

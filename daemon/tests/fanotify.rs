@@ -1,6 +1,8 @@
 //! The fanotify path on the running kernel: a keeper in a process of its own, sparse files it has marked, and readers
 //! whose every byte is compared. Needs root, Linux 6.14 and a temporary directory on ext4, XFS or btrfs.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::fs::{File, OpenOptions};

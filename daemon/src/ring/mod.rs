@@ -107,6 +107,9 @@ pub struct Ring {
     slots: Vec<Option<Arc<RingFile>>>,
     /// Events that need no completion, such as a write that could not be started.
     queued: VecDeque<Event>,
+    /// Writes that wait for others to end, so that completions never outgrow their queue.
+    backlog: VecDeque<Op>,
+    most_writes: usize,
     closing: bool,
 }
 
@@ -126,7 +129,9 @@ impl Ring {
         };
         let waker = Waker::new()?;
         arena.wake_on_return(waker.clone());
-        let mut ring = Self { uring, waker, slots, queued: VecDeque::new(), closing: false };
+        let most_writes = usize::try_from(entries).unwrap_or(usize::MAX).max(1);
+        let (queued, backlog) = (VecDeque::new(), VecDeque::new());
+        let mut ring = Self { uring, waker, slots, queued, backlog, most_writes, closing: false };
         ring.arm_waker()?;
         Ok((ring, arena))
     }
@@ -194,6 +199,10 @@ impl Ring {
     }
 
     fn submit(&mut self, op: Op) {
+        if self.uring.writes() >= self.most_writes {
+            self.backlog.push_back(op);
+            return;
+        }
         if let Err((Op::Write { run, tag, .. }, error)) = self.uring.start(op) {
             self.queued.push_back(Event::Written { tag, len: run.len(), result: Err(error) });
         }
@@ -201,7 +210,7 @@ impl Ring {
 
     /// Writes under way.
     pub fn writes(&self) -> usize {
-        self.uring.writes()
+        self.uring.writes() + self.backlog.len()
     }
 
     /// Gives new operations to the kernel and waits for an event, at most `timeout`.
@@ -217,6 +226,11 @@ impl Ring {
             return Some(event);
         }
         loop {
+            if self.uring.writes() < self.most_writes
+                && let Some(op) = self.backlog.pop_front()
+            {
+                self.submit(op);
+            }
             let (op, result) = self.uring.next()?;
             match op {
                 Op::Poll { token: WAKE, .. } => {
@@ -255,7 +269,7 @@ impl Ring {
     pub fn close(mut self, mut written: impl FnMut(u64, io::Result<()>)) -> io::Result<()> {
         self.closing = true;
         self.uring.cancel_polls();
-        while self.uring.busy() || !self.queued.is_empty() {
+        while self.uring.busy() || self.writes() > 0 || !self.queued.is_empty() {
             self.wait(None)?;
             while let Some(event) = self.next_event() {
                 if let Event::Written { tag, result, .. } = event {
