@@ -1,4 +1,5 @@
 //! `skimmer-keeper`: see the library.
+#![forbid(unsafe_code)]
 
 use skimmer_keeper::server::{Config, Server};
 use std::ffi::OsString;
