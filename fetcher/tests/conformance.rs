@@ -1,6 +1,8 @@
 //! One table of cases that every source must pass: a layout, an archive, the fault registry when it is
 //! honest, and Debian's docker-registry, plain, with a password, and over TLS.
 
+#![allow(clippy::unwrap_used)] // test code, though not in a test function
+
 mod common;
 
 use std::collections::BTreeMap;

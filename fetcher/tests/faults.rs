@@ -1,5 +1,7 @@
 //! Every way in which a registry may be wrong: what comes of it, and that nothing unverified is handed over.
 
+#![allow(clippy::unwrap_used)] // test code, though not in a test function
+
 mod common;
 
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! Opening images, good and bad, and moving them between registries, layouts and archives.
 
+#![allow(clippy::unwrap_used)] // test code, though not in a test function
+
 mod common;
 
 use std::io::Write as _;
