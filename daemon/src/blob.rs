@@ -409,7 +409,7 @@ mod tests {
         assert!(!both.is_complete(&[0, 2].into_iter().collect()));
         assert_eq!(both.ready_bytes(&[0, 2, 9].into_iter().collect()), 8192);
         let moved = BlobChunk { start: 12288, ..b.clone() };
-        assert!(spec(&[b.clone()]).merged(&spec(&[moved])).is_err());
+        assert!(spec(std::slice::from_ref(&b)).merged(&spec(&[moved])).is_err());
         let smaller = BlobSpec::from_chunks(ID, 36864, 1000, vec![b]).unwrap();
         assert!(spec(&[a]).merged(&smaller).is_err());
     }
