@@ -75,7 +75,7 @@ pub fn play(stage: &mut Stage, node: &mut Node<'_>, directory: &str, mode: &str)
     equal(&stage.oracle, &node.list(&hard)?, "first read")?;
 
     step("a second full read causes no request at all");
-    wait_until_unwatched(node)?;
+    wait_until_complete(node, mode)?;
     let asked = node.counter("skimmer_kernel_requests_total")?;
     ensure!(asked > 0.0, "the first read caused no request: was the image fetched on demand?");
     let served = stage.registry.requests()?.len();
@@ -145,17 +145,23 @@ fn equal(expected: &[Entry], found: &[Entry], what: &str) -> Result<()> {
     Ok(())
 }
 
-/// A complete blob loses its mark as soon as its data is durable; reads raise events until then.
-fn wait_until_unwatched(node: &Node<'_>) -> Result<()> {
+/// Waits until everything that the image refers to is ready. On fanotify a complete blob then loses its mark as soon as
+/// its data is durable; reads raise events until then.
+fn wait_until_complete(node: &Node<'_>, mode: &str) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let status = node.status()?;
         let blobs = status["blobs"].as_array().context("status lists no blobs")?;
         ensure!(!blobs.is_empty(), "the daemon knows of no blob: {status}");
-        if blobs.iter().all(|blob| blob["watched"] == false) {
+        let complete = |blob: &serde_json::Value| {
+            blob["ready_bytes"].is_u64()
+                && blob["ready_bytes"] == blob["referenced_bytes"]
+                && (mode != "fanotify" || blob["watched"] == false)
+        };
+        if blobs.iter().all(complete) {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "after a full read blobs are still watched: {status}");
+        ensure!(Instant::now() < deadline, "after a full read blobs are not complete: {status}");
         std::thread::sleep(Duration::from_millis(100));
     }
 }

@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::machine::{Machine, Running};
 use crate::tree::Entry;
 
-/// For commands that talk to a process beside them.
-const SHORT: Duration = Duration::from_secs(60);
+/// For commands that talk to a process beside them, under emulation on a busy host.
+const SHORT: Duration = Duration::from_secs(120);
 /// For commands that read or fetch everything, under emulation.
 const LONG: Duration = Duration::from_secs(300);
 /// The programs that a node needs besides the agent.

@@ -33,6 +33,10 @@ fn lives_on(name: &str, stage: &mut Stage, scratch: &Path) {
     for program in programs().unwrap() {
         root.program(&program).unwrap();
     }
+    // A node has certificate authorities, though this registry needs none.
+    if let Ok(authorities) = std::fs::read("/etc/ssl/certs/ca-certificates.crt") {
+        root.file("/etc/ssl/certs/ca-certificates.crt", authorities);
+    }
     let initramfs = root.build(&kernel).unwrap();
     let cache = scratch.join(format!("cache-{name}"));
     disk::empty(&cache, 1 << 30).unwrap();
@@ -46,6 +50,8 @@ fn lives_on(name: &str, stage: &mut Stage, scratch: &Path) {
     machine.check(&["mount", "-t", "ext4", &device, "/cache"], short).unwrap();
     let mut node =
         Node::new(&machine, "/bin", "/bin/skimmer-agent", "/run/skimmer", "/cache/skimmer").unwrap();
+    // Started here and not by the first mount: emulated on a busy host it takes longer than a user would wait.
+    node.start_daemon().unwrap();
     if let Err(error) = play(stage, &mut node, "/mnt", "fscache") {
         panic!("{name}: {error:#}\n{}\n{}", node.log(), dmesg(&machine));
     }
