@@ -48,7 +48,7 @@ impl World {
             .spawn()
             .unwrap();
         let world = Self { dir, keeper, daemon: None };
-        for name in ["mnt", "mnt2", "tree/deep/er"] {
+        for name in ["mnt", "mnt2", "mnt3", "mnt4", "mnt5", "tree/deep/er"] {
             std::fs::create_dir_all(world.path(name)).unwrap();
         }
         Some(world)
@@ -106,9 +106,13 @@ impl World {
 
     /// Packs the tree and returns the image's name.
     fn pack(&self, name: &str) -> String {
+        self.pack_with(name, skimmer_mkfs::Options::default())
+    }
+
+    fn pack_with(&self, name: &str, options: skimmer_mkfs::Options) -> String {
         let layout = Layout::create(self.path(name)).unwrap();
         let input = skimmer_mkfs::Input::Directory(self.path("tree"));
-        skimmer_mkfs::convert(input, &layout, &skimmer_mkfs::Options::default(), &()).unwrap();
+        skimmer_mkfs::convert(input, &layout, &options, &()).unwrap();
         format!("oci:{}", self.path(name).display())
     }
 
@@ -136,7 +140,7 @@ impl World {
 impl Drop for World {
     /// After a failed test: unmounts, then ends what is left.
     fn drop(&mut self) {
-        for target in ["mnt", "mnt2"] {
+        for target in ["mnt", "mnt2", "mnt3", "mnt4", "mnt5"] {
             while skimmer_daemon::mounts::kernel::umount(&self.path(target), true).is_ok() {}
         }
         // A daemon that was started detached is no child of ours to hold; its pid is in the lock.
@@ -215,6 +219,50 @@ async fn mount_read_unmount_and_nothing_is_left() {
     assert_eq!(warm.mode, AttachMode::Local, "{}", warm.reason);
     drop_caches();
     world.assert_same("mnt");
+    world.assert_all_gone(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_at_once_share_what_they_can() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let first = world.pack("img");
+    let mut options = skimmer_mkfs::Options::default();
+    options.chunk_size = 65_536;
+    let second = world.pack_with("img2", options);
+    let client = world.start_daemon().await;
+    let mut requests = tokio::task::JoinSet::new();
+    let places = [
+        (&first, "mnt"),
+        (&second, "mnt2"),
+        (&first, "mnt3"),
+        (&second, "mnt4"),
+        (&first, "mnt5"),
+        (&second, "mnt5"),
+    ];
+    for (image, target) in places {
+        let (client, request) = (client.clone(), MountRequest::new(image, world.path(target)));
+        requests.spawn(async move { client.mount(&request).await });
+    }
+    let mut refused = 0;
+    while let Some(result) = requests.join_next().await {
+        match result.unwrap() {
+            Ok(mount) => assert_eq!(mount.mode, AttachMode::Fanotify),
+            Err(ClientError::Api { error, status: 409 }) => {
+                assert!(error.error.contains("mnt5"), "{error}");
+                refused += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!(refused, 1, "two images want one target");
+    let mounts = client.mounts().await.unwrap();
+    assert_eq!(mounts.len(), 5);
+    let own = mounts.iter().filter(|mount| !mount.reason.contains("shares")).count();
+    assert_eq!(own, 2, "one superblock per image: {mounts:#?}");
+    for target in ["mnt5", "mnt", "mnt4", "mnt2", "mnt3"] {
+        world.assert_same(target);
+    }
     world.assert_all_gone(&client).await;
 }
 

@@ -95,8 +95,18 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+    raise_file_limit();
     skimmer_fetcher::http::install_tls_provider();
     runtime.block_on(skimmer_daemon::app::run(config)).map_err(|error| format!("{error:#}").into())
+}
+
+/// Every blob takes a few descriptors, every object of fscache one: takes what the system grants.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
 }
 
 async fn stop_all(config: &Config) -> Result<(), Box<dyn std::error::Error>> {

@@ -1,7 +1,7 @@
 //! Bringing one image up.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use erofs_format::Image;
@@ -25,11 +25,18 @@ struct Raised {
     bdi: Option<String>,
 }
 
+/// How a mount is going to be made.
+struct Plan {
+    mode: AttachMode,
+    reason: String,
+    /// The watched blobs, and what of them is ready: what has to be proved.
+    watched: Vec<(BlobSpec, ReadyBits)>,
+}
+
 impl Mounts {
-    /// Mounts an opened image on `target`.
+    /// Mounts an opened image on `target`. The caller holds the image's turn.
     pub(super) async fn attach(
         &self,
-        state: &mut State,
         opened: &Opened,
         request: &MountRequest,
         target: &Path,
@@ -38,49 +45,120 @@ impl Mounts {
             AttachMode::Auto => self.config.mount.mode,
             mode => mode,
         };
-        for spec in &opened.specs {
-            self.clear_fault(spec.id);
+        let mut state = self.state.lock().await;
+        self.sweep(&mut state).await;
+        check_free(&state, target)?;
+        if let Some(login) = &request.credentials {
+            self.secrets.lock().unwrap_or_else(PoisonError::into_inner).put(&request.image, login.clone())?;
         }
-        if let Some(index) = shareable(state, &opened.image.bootstrap, wanted) {
-            return self.attach_clone(state, index, opened, request, target).await;
+        if let Some(index) = shareable(&state, &opened.image.bootstrap, wanted) {
+            return self.attach_clone(&mut state, index, opened, request, target).await;
         }
+        let plan = self.prepare(&mut state, opened, wanted, target).await;
+        drop(state);
+        let raised = match plan {
+            Ok(plan) => self.raise_and_prove(opened, &plan).await.map(|raised| (plan, raised)),
+            Err(failure) => Err(failure),
+        };
+        let mut state = self.state.lock().await;
+        let rising = state.attachments.iter().position(|a| a.rising.as_deref() == Some(target));
+        let result = match (raised, rising) {
+            (Ok((plan, raised)), Some(index)) => {
+                let mount = self.describe(opened, request, target, plan.mode, plan.reason);
+                self.show_first(&mut state, index, raised, mount).await
+            }
+            (Ok(_), None) => Err(Failure::new(Kind::Internal, "the mount was lost track of")),
+            (Err(failure), _) => Err(failure),
+        };
+        if result.is_err() {
+            state.attachments.retain(|a| a.rising.as_deref() != Some(target));
+            self.release_unused(&mut state).await;
+            self.forget_secrets(&state);
+            let bootstrap = &opened.image.bootstrap;
+            if !state.attachments.iter().any(|a| a.record.bootstrap == *bootstrap) {
+                self.store.remove_image(bootstrap)?;
+            }
+        }
+        result
+    }
+
+    /// Everything up to the mount itself. What it takes into use is marked as used by an attachment that is rising.
+    async fn prepare(
+        &self,
+        state: &mut State,
+        opened: &Opened,
+        wanted: AttachMode,
+        target: &Path,
+    ) -> Result<Plan, Failure> {
         let reports = self.modes(state.bound).await?;
         let mode = modes::choose(wanted, &reports).map_err(|why| {
             Failure::new(Kind::Unavailable, why).remedy("`skimmer doctor` explains what each mode needs")
         })?;
-        let why = reports.iter().find(|report| report.mode == mode).map(|report| report.reason.clone());
-        let why = why.unwrap_or_default();
-        let (mode, reason) = match mode {
-            AttachMode::Fscache => (mode, self.prepare_fscache(state, opened).await.map(|()| why)?),
-            _ => self.prepare_files(state, opened, mode, why).await?,
-        };
-        let name = self.store.put_bootstrap(&opened.bootstrap)?;
-        let raised = self.raise(opened, mode, &name).await?;
-        if mode == AttachMode::Fanotify {
-            self.prove(state, opened, &raised).await?;
+        let why = modes::reason(wanted, mode, &reports);
+        for spec in &opened.specs {
+            self.clear_fault(spec.id);
+            self.claim(state, spec)?;
         }
-        self.set_read_ahead(&raised);
-
-        let mount = self.describe(opened, request, target, mode, reason);
+        let bootstrap = self.store.put_bootstrap(&opened.bootstrap)?;
         self.save_image(opened)?;
         state.attachments.push(Attachment {
             record: AttachmentRecord {
-                bootstrap: name,
+                bootstrap,
                 mode,
-                device: raised.device.clone(),
-                bdi: raised.bdi.clone(),
-                mounts: vec![mount.clone()],
+                device: String::new(),
+                bdi: None,
+                mounts: Vec::new(),
             },
             image: opened.image.clone(),
             specs: opened.specs.clone(),
+            rising: Some(target.into()),
         });
-        // Recorded before it is shown: a reader must never meet a mount that a restarted daemon would not know.
+        match mode {
+            AttachMode::Fscache => {
+                self.prepare_fscache(state, opened).await?;
+                Ok(Plan { mode, reason: why, watched: Vec::new() })
+            }
+            _ => self.prepare_files(state, opened, mode, why).await,
+        }
+    }
+
+    async fn raise_and_prove(&self, opened: &Opened, plan: &Plan) -> Result<Raised, Failure> {
+        let raised = self.raise(opened, plan.mode).await?;
+        if !plan.watched.is_empty() {
+            self.prove(opened, plan, &raised).await?;
+        }
+        self.set_read_ahead(&raised);
+        Ok(raised)
+    }
+
+    /// Shows a superblock that has come up. Recorded first: a reader must never meet a mount that a restarted daemon
+    /// would not know.
+    async fn show_first(
+        &self,
+        state: &mut State,
+        index: usize,
+        raised: Raised,
+        mount: Mount,
+    ) -> Result<Mount, Failure> {
+        if state.closing {
+            return Err(Failure::new(Kind::Unavailable, "skimmerd is ending"));
+        }
+        let attachment = &mut state.attachments[index];
+        let rising = attachment.rising.take();
+        attachment.record = AttachmentRecord {
+            bootstrap: mount.bootstrap.clone(),
+            mode: mount.mode,
+            device: raised.device,
+            bdi: raised.bdi,
+            mounts: vec![mount.clone()],
+        };
         let shown = match self.save(state, false) {
-            Ok(()) => show(raised.mount, target).await,
+            Ok(()) => show(raised.mount, &mount.target).await,
             Err(failure) => Err(failure),
         };
         if let Err(failure) = shown {
-            state.attachments.pop();
+            state.attachments[index].rising = rising;
+            state.attachments[index].record.mounts.clear();
             self.save(state, false)?;
             return Err(failure);
         }
@@ -125,17 +203,17 @@ impl Mounts {
         Ok(mount)
     }
 
-    /// fanotify and local: blob files, their records, their watches. Gives the mode that will run and why.
+    /// fanotify and local: blob files, their records, their watches.
     async fn prepare_files(
         &self,
         state: &mut State,
         opened: &Opened,
         wanted: AttachMode,
         why: String,
-    ) -> Result<(AttachMode, String), Failure> {
+    ) -> Result<Plan, Failure> {
         let mut missing = 0_u64;
+        let mut watched = Vec::new();
         for spec in &opened.specs {
-            self.claim(state, spec)?;
             let ready = self.add_file_blob(state, spec, vec![Arc::clone(&opened.source)]).await?;
             missing += spec.referenced_bytes() - spec.ready_bytes(&ready);
             if spec.is_complete(&ready) || wanted == AttachMode::Local {
@@ -145,14 +223,18 @@ impl Mounts {
             let writer = self.store.open_blob(spec.id, spec.device_bytes)?;
             self.driver.watch(spec.id, writer.into()).await?;
             state.watched.insert(spec.id);
+            watched.push((spec.clone(), ready));
         }
         match (wanted, missing) {
-            (_, 0) => Ok((AttachMode::Local, "every chunk is in the cache: no event is needed".into())),
+            (_, 0) => {
+                let reason = "every chunk is in the cache: no event is needed".into();
+                Ok(Plan { mode: AttachMode::Local, reason, watched })
+            }
             (AttachMode::Local, _) => {
                 let message = format!("attach mode local: {missing} bytes of the image are not in the cache");
                 Err(Failure::new(Kind::Conflict, message).remedy("mount it with mode auto"))
             }
-            _ => Ok((AttachMode::Fanotify, why)),
+            _ => Ok(Plan { mode: AttachMode::Fanotify, reason: why, watched }),
         }
     }
 
@@ -179,7 +261,7 @@ impl Mounts {
 
     /// fscache: cache files in place before the mount, cookies that may be opened.
     async fn prepare_fscache(&self, state: &mut State, opened: &Opened) -> Result<(), Failure> {
-        let name = self.store.put_bootstrap(&opened.bootstrap)?;
+        let name = &opened.image.bootstrap;
         if !state.bound {
             let setup = FscacheSetup {
                 dir: self.store.fscache_dir(),
@@ -189,10 +271,9 @@ impl Mounts {
             self.driver.bind_fscache(setup).await?;
             state.bound = true;
         }
-        self.store.prefill_bootstrap(&name, &opened.bootstrap)?;
-        self.expect_bootstrap(state, &name, opened.bootstrap.len()).await?;
+        self.store.prefill_bootstrap(name, &opened.bootstrap)?;
+        self.expect_bootstrap(state, name, opened.bootstrap.len()).await?;
         for spec in &opened.specs {
-            self.claim(state, spec)?;
             self.add_cached_blob(state, spec, vec![Arc::clone(&opened.source)]).await?;
         }
         Ok(())
@@ -252,13 +333,15 @@ impl Mounts {
     }
 
     /// The mount system calls, on a thread of their own: an fscache mount waits for the data path.
-    async fn raise(&self, opened: &Opened, mode: AttachMode, name: &str) -> Result<Raised, Failure> {
+    async fn raise(&self, opened: &Opened, mode: AttachMode) -> Result<Raised, Failure> {
+        let name = &opened.image.bootstrap;
         let source = if on_demand(mode) == Some(Mode::Fscache) {
-            Source::Fscache { fsid: name.to_owned(), domain: DOMAIN.to_owned() }
+            Source::Fscache { fsid: name.clone(), domain: DOMAIN.to_owned() }
         } else {
             let devices = opened.specs.iter().map(|spec| self.store.blob_path(spec.id)).collect();
             Source::Files { bootstrap: self.store.bootstrap_path(name), devices }
         };
+        let _alone = self.raising.lock().await;
         tokio::task::spawn_blocking(move || {
             let before = bdi::list();
             let mount = Detached::mount(&source)?;
@@ -270,13 +353,8 @@ impl Mounts {
     }
 
     /// Reads through the new mount what is not cached yet, one chunk per watched blob, all at once.
-    async fn prove(&self, state: &State, opened: &Opened, raised: &Raised) -> Result<(), Failure> {
-        let mut recorded = Vec::new();
-        for spec in opened.specs.iter().filter(|spec| state.watched.contains(&spec.id)) {
-            let ready = self.journal.recorded(Mode::Fanotify, spec.id).await.unwrap_or_default();
-            recorded.push((spec, ready));
-        }
-        let watched: Vec<_> = recorded.iter().map(|(spec, ready)| (*spec, ready)).collect();
+    async fn prove(&self, opened: &Opened, plan: &Plan, raised: &Raised) -> Result<(), Failure> {
+        let watched: Vec<_> = plan.watched.iter().map(|(spec, ready)| (spec, ready)).collect();
         let damaged = |error: erofs_format::FormatError| Failure::new(Kind::BadImage, error.to_string());
         let image = Image::parse(&opened.bootstrap).map_err(damaged)?;
         let probes = probe::choose(&image, &watched).map_err(damaged)?;
@@ -306,7 +384,7 @@ impl Mounts {
     }
 
     fn unproven(&self, why: String, opened: &Opened) -> Failure {
-        let faults = self.faults.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
         let fault = opened.specs.iter().find_map(|spec| faults.get(&spec.id));
         let message = match fault {
             Some(fault) => format!("{why}: {fault}"),
@@ -366,8 +444,25 @@ fn shareable(state: &State, bootstrap: &str, wanted: AttachMode) -> Option<usize
         let fits = wanted == AttachMode::Auto
             || wanted == record.mode
             || (wanted == AttachMode::Fanotify && record.mode == AttachMode::Local);
-        record.bootstrap == bootstrap && fits && !record.mounts.is_empty()
+        record.bootstrap == bootstrap && fits && attachment.rising.is_none() && !record.mounts.is_empty()
     })
+}
+
+/// Refuses a target that is one of ours already, or is about to be.
+fn check_free(state: &State, target: &Path) -> Result<(), Failure> {
+    if state.closing {
+        return Err(Failure::new(Kind::Unavailable, "skimmerd is ending"));
+    }
+    let mounted = state.records().flat_map(|record| &record.mounts).find(|mount| mount.target == target);
+    let what = match mounted {
+        Some(mount) => format!("{} is already mounted", mount.image),
+        None if state.attachments.iter().any(|a| a.rising.as_deref() == Some(target)) => {
+            "another image is just being mounted".into()
+        }
+        None => return Ok(()),
+    };
+    Err(Failure::new(Kind::Conflict, format!("{what} on {}", target.display()))
+        .remedy("unmount it first, or choose another directory"))
 }
 
 /// Moves a mount to its target.

@@ -81,8 +81,12 @@ pub struct Mounts {
     boot: String,
     started: Instant,
     secrets: StdMutex<Secrets>,
-    /// Held through every change; a mount may hold it for seconds.
+    /// Held through every change, never while an image's source is waited for.
     state: Mutex<State>,
+    /// One mount at a time of the same image: the second is a clone of the first.
+    turns: Turns,
+    /// One superblock is made at a time, so that its name among all can be told.
+    raising: Mutex<()>,
     /// What a status request reads; a copy, so that it never waits.
     view: StdMutex<Vec<AttachmentRecord>>,
     faults: StdMutex<HashMap<BlobId, String>>,
@@ -105,6 +109,8 @@ struct State {
     cookies: HashSet<String>,
     /// Whether the cachefiles device is ours.
     bound: bool,
+    /// No mount is begun or shown any more.
+    closing: bool,
 }
 
 /// One superblock.
@@ -112,11 +118,22 @@ struct Attachment {
     record: AttachmentRecord,
     image: ImageRecord,
     specs: Vec<BlobSpec>,
+    /// Set while it is brought up: the target it is meant for. It is in no record then and cannot be shared, but what it
+    /// needs is in use.
+    rising: Option<PathBuf>,
 }
 
 impl State {
     fn uses(&self, blob: BlobId) -> bool {
         self.attachments.iter().any(|attachment| attachment.has(blob))
+    }
+
+    /// The superblocks that are up.
+    fn records(&self) -> impl Iterator<Item = &AttachmentRecord> {
+        self.attachments
+            .iter()
+            .filter(|attachment| attachment.rising.is_none())
+            .map(|attachment| &attachment.record)
     }
 
     /// Whether a superblock reads the file that `mode` uses for a blob.
@@ -149,6 +166,8 @@ impl Mounts {
             started: Instant::now(),
             secrets: StdMutex::new(parts.secrets),
             state: Mutex::default(),
+            turns: Turns::default(),
+            raising: Mutex::default(),
             view: StdMutex::default(),
             faults: StdMutex::default(),
             complete: StdMutex::default(),
@@ -223,25 +242,14 @@ impl Mounts {
     /// [`Failure`]; nothing is left behind then.
     pub async fn mount(&self, request: MountRequest) -> Result<Mount, Failure> {
         let target = check_target(&request.target)?;
-        let login = request.credentials.clone();
         let opened = self.open(&request).await?;
-        let mut state = self.state.lock().await;
-        self.sweep(&mut state).await;
-        if let Some(mount) = self.list().into_iter().find(|mount| mount.target == target) {
-            let message = format!("{} is already mounted on {}", mount.image, target.display());
-            return Err(
-                Failure::new(Kind::Conflict, message).remedy("unmount it first, or choose another directory")
-            );
-        }
-        if let Some(login) = login {
-            self.secrets.lock().unwrap_or_else(PoisonError::into_inner).put(&request.image, login)?;
-        }
-        let result = self.attach(&mut state, &opened, &request, &target).await;
-        if result.is_err() {
-            self.release_unused(&mut state).await;
-        }
-        self.publish(&state);
-        self.forget_secrets();
+        let turn = self.turns.of(&opened.image.bootstrap);
+        let result = {
+            let _turn = turn.lock().await;
+            self.attach(&opened, &request, &target).await
+        };
+        drop(turn);
+        self.turns.forget(&opened.image.bootstrap);
         result
     }
 
@@ -298,12 +306,12 @@ impl Mounts {
     /// Writes `mounts.json` and what status requests see.
     fn save(&self, state: &State, clean: bool) -> Result<(), Failure> {
         self.publish(state);
-        let attachments = state.attachments.iter().map(|attachment| attachment.record.clone()).collect();
+        let attachments = state.records().cloned().collect();
         Ok(self.store.save_mounts(&MountsRecord { boot: self.boot.clone(), clean, attachments })?)
     }
 
     fn publish(&self, state: &State) {
-        let view = state.attachments.iter().map(|attachment| attachment.record.clone()).collect();
+        let view = state.records().cloned().collect();
         *self.view.lock().unwrap_or_else(PoisonError::into_inner) = view;
     }
 
@@ -311,12 +319,32 @@ impl Mounts {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner).remove(&blob);
     }
 
-    /// Forgets logins of images that are mounted no more.
-    fn forget_secrets(&self) {
-        let images: HashSet<String> = self.list().into_iter().map(|mount| mount.image).collect();
+    /// Forgets logins of images that no superblock needs any more.
+    fn forget_secrets(&self, state: &State) {
+        let sources = state.attachments.iter().flat_map(|attachment| &attachment.image.sources);
+        let images: HashSet<&str> = sources.map(|source| source.image.as_str()).collect();
         let mut secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = secrets.retain(|image| images.contains(image)) {
             tracing::warn!("{error}");
+        }
+    }
+}
+
+/// A lock per image.
+#[derive(Default)]
+struct Turns(StdMutex<HashMap<String, Arc<Mutex<()>>>>);
+
+impl Turns {
+    fn of(&self, image: &str) -> Arc<Mutex<()>> {
+        let mut turns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(turns.entry(image.to_owned()).or_default())
+    }
+
+    /// Drops the lock of an image when nobody holds or awaits it.
+    fn forget(&self, image: &str) {
+        let mut turns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if turns.get(image).is_some_and(|turn| Arc::strong_count(turn) == 1) {
+            turns.remove(image);
         }
     }
 }

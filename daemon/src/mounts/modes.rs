@@ -75,6 +75,16 @@ pub fn choose(wanted: AttachMode, reports: &[ModeReport]) -> Result<AttachMode, 
     }
 }
 
+/// Why `mode` was taken for a request of `wanted`, in a sentence for the user.
+pub fn reason(wanted: AttachMode, mode: AttachMode, reports: &[ModeReport]) -> String {
+    let text = |mode| reports.iter().find(|report| report.mode == mode).map_or("", |report| &report.reason);
+    if wanted == AttachMode::Auto && mode != AttachMode::Fscache {
+        format!("{}; fscache cannot be used: {}", text(mode), text(AttachMode::Fscache))
+    } else {
+        text(mode).to_owned()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +110,12 @@ mod tests {
     #[test]
     fn a_named_mode_is_that_or_nothing() {
         assert_eq!(choose(AttachMode::Fanotify, &reports(true, true)), Ok(AttachMode::Fanotify));
+        assert_eq!(
+            reason(AttachMode::Fanotify, AttachMode::Fanotify, &reports(true, true)),
+            "because of fanotify"
+        );
+        let auto = reason(AttachMode::Auto, AttachMode::Fanotify, &reports(false, true));
+        assert!(auto.contains("because of fanotify") && auto.contains("because of fscache"), "{auto}");
         let why = choose(AttachMode::Fscache, &reports(false, true)).unwrap_err();
         assert!(why.contains("because of fscache"), "{why}");
     }

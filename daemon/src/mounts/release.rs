@@ -37,19 +37,32 @@ impl Mounts {
     pub async fn take_down(&self, umount: bool) -> Result<ShutdownReport, Failure> {
         let mut report = ShutdownReport::default();
         let mut state = self.state.lock().await;
+        state.closing = true;
+        let result = self.take_down_all(&mut state, umount, &mut report).await;
+        // A mount that is busy keeps the daemon going.
+        state.closing = result.is_ok();
+        result.map(|()| report)
+    }
+
+    async fn take_down_all(
+        &self,
+        state: &mut State,
+        umount: bool,
+        report: &mut ShutdownReport,
+    ) -> Result<(), Failure> {
         if umount {
-            self.sweep(&mut state).await;
+            self.sweep(state).await;
             while let Some(index) = state.attachments.iter().position(|a| !a.record.mounts.is_empty()) {
                 let place = state.attachments[index].record.mounts.len() - 1;
-                let mount = self.umount_one(&mut state, index, place, false).await?;
+                let mount = self.umount_one(state, index, place, false).await?;
                 report.unmounted.push(mount.target);
             }
-            self.release(&mut state).await?;
+            self.release(state).await?;
             let idle = state.attachments.is_empty() && state.known.is_empty() && state.watched.is_empty();
             report.keeper_stopped = idle && self.keeper.is_ok();
         }
         report.remaining = self.list().into_iter().map(|mount| mount.target).collect();
-        Ok(report)
+        Ok(())
     }
 
     /// Writes down that everything is on record. Call it when data path and journal have ended.
@@ -57,7 +70,8 @@ impl Mounts {
     /// # Errors
     /// [`Failure`] when `mounts.json` cannot be written.
     pub async fn finish(&self) -> Result<(), Failure> {
-        let state = self.state.lock().await;
+        let mut state = self.state.lock().await;
+        state.closing = true;
         self.save(&state, true)
     }
 
@@ -114,7 +128,8 @@ impl Mounts {
         let mut gone: Vec<String> = Vec::new();
         state.attachments.retain(|attachment| {
             let record = &attachment.record;
-            let alive = !record.mounts.is_empty()
+            let alive = attachment.rising.is_some()
+                || !record.mounts.is_empty()
                 || match &record.bdi {
                     Some(name) => bdi::is_alive(name),
                     None => present.iter().any(|entry| entry.device == record.device),
@@ -131,7 +146,7 @@ impl Mounts {
                     self.store.remove_image(&bootstrap)?;
                 }
             }
-            self.forget_secrets();
+            self.forget_secrets(state);
         }
         self.release_unused(state).await;
         Ok(())

@@ -9,7 +9,7 @@ use skimmer_fetcher::source::Source;
 use super::{Attachment, Failure, Kind, Mounts, State, bdi, mountinfo, open};
 use crate::blob::BlobId;
 use crate::frontend::FscacheSetup;
-use crate::store::records::{AttachmentRecord, ImageRecord};
+use crate::store::records::{AttachmentRecord, ImageRecord, MountsRecord};
 
 impl Mounts {
     /// Makes the data path serve every mount that an earlier daemon left. A mount that cannot be served is logged and
@@ -19,15 +19,16 @@ impl Mounts {
     /// When the root directory cannot be read or written.
     pub async fn restore(&self) -> Result<(), Failure> {
         let mut state = self.state.lock().await;
-        let record = match self.store.load_mounts() {
-            Ok(record) => record,
+        let (record, certain) = match self.store.load_mounts() {
+            Ok(record) => (record, true),
             Err(error) => {
                 tracing::error!("{error}: mounts of an earlier daemon are not served; unmount them by hand");
-                crate::store::records::MountsRecord::default()
+                (MountsRecord::default(), false)
             }
         };
         let same_boot = record.boot == self.boot;
-        if !same_boot && !record.clean && !record.boot.is_empty() {
+        let first = certain && record.boot.is_empty();
+        if !same_boot && !record.clean && !first {
             tracing::info!(
                 "the machine went down without a clean end: cache files keep only what is on record"
             );
@@ -100,7 +101,7 @@ impl Mounts {
             state.watched.insert(spec.id);
         }
         tracing::info!(bootstrap = %record.bootstrap, mode = %record.mode, mounts = record.mounts.len(), "picked up");
-        state.attachments.push(Attachment { record, image, specs });
+        state.attachments.push(Attachment { record, image, specs, rising: None });
         Ok(())
     }
 
