@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 use std::io::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
@@ -252,14 +253,21 @@ pub async fn pull(
     let place = Place::open(from, &options.registry).await?;
     let found = retry(options, || contents(&place, from, &options.images)).await?;
     let source = place.source();
-    let moved: Vec<Option<u64>> = stream::iter(found.blobs.clone())
+    // After a failure the others stop by themselves, so that none leaves an unfinished file behind.
+    let stop = AtomicBool::new(false);
+    let moved: Vec<Result<Option<u64>, CopyError>> = stream::iter(found.blobs.clone())
         .map(|blob| {
-            let (source, to) = (Arc::clone(&source), to.clone());
-            async move { pull_blob(&*source, &to, blob, options).await }
+            let (source, stop) = (Arc::clone(&source), &stop);
+            async move {
+                let result = pull_blob(&*source, to, blob, stop, options).await;
+                stop.fetch_or(result.is_err(), Ordering::Relaxed);
+                result
+            }
         })
         .buffer_unordered(options.parallel.max(1))
-        .try_collect()
-        .await?;
+        .collect()
+        .await;
+    let moved = moved.into_iter().collect::<Result<Vec<_>, _>>()?;
     let (layout, top, tag) = (to.clone(), found.top.clone(), tag.map(str::to_owned));
     let children = found.children;
     run(move || {
@@ -283,13 +291,17 @@ fn report(digest: Digest, moved: &[Option<u64>]) -> CopyReport {
     }
 }
 
-/// Moves one blob into a layout; `None` when it was there.
+/// Moves one blob into a layout; `None` when it was there, or when `stop` was set.
 async fn pull_blob(
     source: &dyn Source,
     to: &Layout,
     blob: BlobRef,
+    stop: &AtomicBool,
     options: &CopyOptions,
 ) -> Result<Option<u64>, CopyError> {
+    if stop.load(Ordering::Relaxed) {
+        return Ok(None);
+    }
     let layout = to.clone();
     if run(move || layout.has_blob(&blob)).await? {
         options.tell(Progress::Skipped(blob));
@@ -303,7 +315,10 @@ async fn pull_blob(
     while at < blob.size {
         // An interrupted transfer goes on where it stopped.
         let before = at;
-        let result = pull_range(source, to, &blob, &mut at, &mut writer, options).await;
+        let result = pull_range(source, to, &blob, &mut at, &mut writer, stop, options).await;
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         if let Err(CopyError::Source(error)) = result {
             if at > before {
                 backoff = Backoff::new(options.attempts);
@@ -326,11 +341,15 @@ async fn pull_range(
     blob: &BlobRef,
     at: &mut u64,
     writer: &mut Option<crate::layout::BlobWriter>,
+    stop: &AtomicBool,
     options: &CopyOptions,
 ) -> Result<(), CopyError> {
     let mut body = source.read(blob, *at..blob.size).await?;
     while let Some(piece) = body.next().await {
         let piece = piece?;
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
         let count = u64::try_from(piece.len()).expect("usize fits in 64 bits");
         if let Some(mut open) = writer.take() {
             let (back, written) = run(move || {
