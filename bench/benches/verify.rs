@@ -1,0 +1,74 @@
+//! What it costs to decode and check a chunk: the part of a miss that keeps a processor busy.
+#![allow(missing_docs, reason = "criterion's macros make public functions")]
+
+use std::hint::black_box;
+use std::io::Write as _;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use skimmer_fetcher::Digest;
+use skimmer_fetcher::chunk::{ChunkDigest, ChunkSpec, Codec, verify};
+
+/// Bytes of a chunk: a small file's, and a whole one of the default size.
+const SIZES: [u32; 2] = [16_384, 1 << 20];
+
+/// Bytes that compress about as programs and text do: words out of a small stock in no simple order.
+fn data(len: u32) -> Vec<u8> {
+    let mut state = 0x2545_f491_u32;
+    let mut out = Vec::new();
+    while u32::try_from(out.len()).is_ok_and(|have| have < len) {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        out.extend_from_slice(format!("{:04x} ", state % 4093 * (state % 7 + 1)).as_bytes());
+    }
+    out.truncate(usize::try_from(len).expect("a chunk fits in memory"));
+    out
+}
+
+fn encode(codec: Codec, data: &[u8]) -> Vec<u8> {
+    match codec {
+        Codec::None => data.to_vec(),
+        Codec::Lz4Block => lz4_flex::block::compress(data),
+        Codec::Gzip => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            encoder.write_all(data).and_then(|()| encoder.finish()).expect("writes to memory do not fail")
+        }
+        Codec::Zstd => zstd::bulk::compress(data, 3).expect("the data compresses"),
+    }
+}
+
+fn chunks(c: &mut Criterion) {
+    let mut group = c.benchmark_group("verify");
+    for len in SIZES {
+        let data = data(len);
+        let sha256 = ChunkDigest::Sha256(*Digest::of(&data).as_bytes());
+        let blake3 = ChunkDigest::Blake3(*blake3::hash(&data).as_bytes());
+        let cases = [
+            ("raw sha256", Codec::None, sha256),
+            ("raw blake3", Codec::None, blake3),
+            ("zstd sha256", Codec::Zstd, sha256),
+            ("zstd blake3", Codec::Zstd, blake3),
+            ("lz4 sha256", Codec::Lz4Block, sha256),
+            ("gzip sha256", Codec::Gzip, sha256),
+        ];
+        for (name, codec, digest) in cases {
+            let stored = encode(codec, &data);
+            let stored_len = u32::try_from(stored.len()).expect("a chunk is small");
+            let spec = ChunkSpec { stored_offset: 0, stored_len, len, codec, digest };
+            let mut buffer = vec![0; data.len()];
+            let verified = verify(&spec, &stored, &mut buffer[..]).expect("the chunk is good");
+            assert!(verified.bytes() == data);
+            let mut broken = stored.clone();
+            broken[stored.len() / 2] ^= 1;
+            assert!(verify(&spec, &broken, &mut buffer[..]).is_err(), "{name}: a broken chunk passes");
+            group.throughput(Throughput::Bytes(len.into()));
+            group.bench_function(BenchmarkId::new(name, len), |b| {
+                b.iter(|| verify(&spec, black_box(&stored), &mut buffer[..]).is_ok());
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, chunks);
+criterion_main!(benches);
