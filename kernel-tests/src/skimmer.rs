@@ -265,7 +265,8 @@ impl Drop for Node<'_> {
         if std::thread::panicking() {
             eprintln!("skimmerd: {}", self.log());
         }
-        if self.status().is_ok()
+        // Asked without our own client, which may be what is broken.
+        if self.metrics().is_ok()
             && let Err(error) = self.stop()
         {
             eprintln!("cleaning up: {error:#}");
