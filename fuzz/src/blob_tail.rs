@@ -6,6 +6,8 @@ use erofs_format::compression_info::{CiArray, CiHeader, MAGIC};
 use erofs_format::{Blob, BlobFeatures, Compressor, DigestAlgo, toc};
 use zerocopy::{FromZeros as _, little_endian as le};
 
+use crate::tar::{BLOCK, put_checksum};
+
 /// Reads `data` as compression info of a blob that it describes itself, and as a table of contents.
 pub fn run(data: &[u8]) {
     if let Some((size, tail)) = data.split_first_chunk::<8>() {
@@ -16,7 +18,10 @@ pub fn run(data: &[u8]) {
 }
 
 fn contents(tail: &[u8], blob_size: u64) {
-    let Ok(sections) = toc::parse(tail, blob_size) else { return };
+    let mut tail = tail.to_vec();
+    let header = tail.len().saturating_sub(BLOCK);
+    put_checksum(&mut tail[header..]);
+    let Ok(sections) = toc::parse(&tail, blob_size) else { return };
     for (at, (section, entry)) in sections.iter().enumerate() {
         let end = entry.compressed_offset.get().checked_add(entry.compressed_size.get());
         assert!(end.is_some_and(|end| end <= blob_size));

@@ -18,9 +18,14 @@ const DRAIN: usize = 20_000;
 /// Drives an engine by what the bytes say. Held are: each read is answered exactly once (I1) and only when its chunks
 /// are written (I3), the budget (I6), no chunk in two flights (I7), and an end for every read under an obedient shell.
 pub fn run(data: &[u8]) {
+    run_on(data, Engine::new);
+}
+
+/// As [`run`], on an engine that the caller makes.
+pub fn run_on(data: &[u8], make: impl FnOnce(Config) -> Engine) {
     let mut u = Unstructured::new(data);
     let Ok(config) = config(&mut u) else { return };
-    let mut world = World::new(config);
+    let mut world = World::new(make(config));
     for _ in 0..INPUTS {
         if u.is_empty() {
             break;
@@ -211,7 +216,6 @@ struct World {
     reads: BTreeMap<ReadId, Read>,
     flights: BTreeMap<FlightId, Flight>,
     writes: BTreeMap<WriteId, (ObjectId, u64, Vec<u64>)>,
-    outputs: Vec<Output>,
 }
 
 fn position(chunk: u32) -> usize {
@@ -219,16 +223,15 @@ fn position(chunk: u32) -> usize {
 }
 
 impl World {
-    fn new(config: Config) -> Self {
+    fn new(engine: Engine) -> Self {
         Self {
-            engine: Engine::new(config),
+            engine,
             now: Time(0),
             lives: 0,
             objects: BTreeMap::new(),
             reads: BTreeMap::new(),
             flights: BTreeMap::new(),
             writes: BTreeMap::new(),
-            outputs: Vec::new(),
         }
     }
 
@@ -252,7 +255,6 @@ impl World {
         let budget = self.engine.config().budget_bytes;
         assert!(stats.in_flight_bytes <= budget || stats.flights <= 1, "I6: {stats:?}");
         assert_eq!(stats.flights, count(self.flights.len()));
-        self.outputs = outputs;
     }
 
     /// What an input means, before the engine has it.

@@ -11,23 +11,16 @@ use skimmer_fetcher::layout::{Layout, LayoutError};
 use skimmer_fetcher::{BlobRef, Reference, oci};
 use skimmer_mkfs::{Compression, Input, Options, Selector, convert};
 
-/// Bytes of a tar block.
-const BLOCK: usize = 512;
-/// Where a header keeps its checksum.
-const CHECKSUM: std::ops::Range<usize> = 148..156;
+use crate::tar::{BLOCK, put_checksum};
 
 static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_current_thread().build().expect("a runtime without drivers")
 });
 
-/// Puts the right checksum into every block that looks like a header: mutations would hardly ever get past it.
+/// The tar with the right checksum in every block that looks like a header.
 fn with_checksums(data: &[u8]) -> Vec<u8> {
     let mut tar = data.to_vec();
-    for block in tar.chunks_exact_mut(BLOCK).filter(|block| block[257..262] == *b"ustar") {
-        block[CHECKSUM].fill(b' ');
-        let sum: u32 = block.iter().copied().map(u32::from).sum();
-        block[CHECKSUM].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    }
+    tar.chunks_exact_mut(BLOCK).for_each(put_checksum);
     tar
 }
 

@@ -17,6 +17,7 @@ pub mod keeper_packet;
 pub mod layer_tar;
 pub mod manifest;
 pub mod reference;
+mod tar;
 
 /// A target's body.
 pub type Run = fn(&[u8]);
