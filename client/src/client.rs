@@ -96,6 +96,8 @@ impl Client {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
             .unix_socket(socket)
+            // Without this the system's roots would be loaded, and their absence would be an error.
+            .tls_certs_only([])
             .no_proxy()
             .connect_timeout(Duration::from_secs(5))
             .build()
@@ -234,5 +236,23 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("none.sock") && text.contains("No such file"), "{text}");
         assert!(error.remedy().is_some());
+    }
+
+    #[test]
+    fn no_certificates_are_needed() {
+        const INSIDE: &str = "SKIMMER_CLIENT_TEST_WITHOUT_CERTIFICATES";
+        if std::env::var_os(INSIDE).is_some() {
+            Client::new(Path::new("/nonexistent.sock")).unwrap();
+            return;
+        }
+        // A process of its own, whose system has no certificate authorities.
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "client::tests::no_certificates_are_needed", "--nocapture"])
+            .envs([(INSIDE, "1"), ("SSL_CERT_FILE", "/dev/null"), ("SSL_CERT_DIR", "/nonexistent")])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains("1 passed"), "the child did not run the test: {text}");
     }
 }

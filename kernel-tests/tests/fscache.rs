@@ -33,10 +33,6 @@ fn lives_on(name: &str, stage: &mut Stage, scratch: &Path) {
     for program in programs().unwrap() {
         root.program(&program).unwrap();
     }
-    // A node has certificate authorities, though this registry needs none.
-    if let Ok(authorities) = std::fs::read("/etc/ssl/certs/ca-certificates.crt") {
-        root.file("/etc/ssl/certs/ca-certificates.crt", authorities);
-    }
     let initramfs = root.build(&kernel).unwrap();
     let cache = scratch.join(format!("cache-{name}"));
     disk::empty(&cache, 1 << 30).unwrap();
