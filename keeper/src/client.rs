@@ -50,6 +50,16 @@ pub enum Command<'a> {
         /// What the accessor gets. Errors that fanotify does not permit become `EIO`.
         result: Result<(), Errno>,
     },
+    /// These bytes of a watched file are written and verified. The keeper answers accesses to them itself from now on,
+    /// whether a daemon lives or not. There is no `Done`; a file that is not watched is ignored.
+    Present {
+        /// Which file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// Bytes; whole pages count.
+        count: u64,
+    },
     /// Open `/dev/cachefiles`, or hand out the one that is open; brings [`Notice::Device`], or `Done` with the error.
     OpenDevice,
     /// Close the keeper's `/dev/cachefiles`. Only when nothing is mounted over it: mounts never recover.
@@ -278,6 +288,7 @@ impl Keeper {
             }
             Command::Unwatch { file, complete } => (Request::Unwatch { file, complete }, None),
             Command::Answer { event, result } => (Request::Answer { event, errno: result.err() }, None),
+            Command::Present { file, offset, count } => (Request::Present { file, offset, count }, None),
             Command::OpenDevice => (Request::OpenDevice, None),
             Command::CloseDevice => (Request::CloseDevice, None),
             Command::Stop => (Request::Stop, None),

@@ -145,6 +145,15 @@ pub enum Request {
         /// The error it fails with.
         errno: Option<Errno>,
     },
+    /// These bytes of a watched file are filled and verified: the keeper itself lets accesses to them go on.
+    Present {
+        /// Which file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        count: u64,
+    },
     /// Open `/dev/cachefiles`, or hand out the open one.
     OpenDevice,
     /// Close `/dev/cachefiles`.
@@ -348,6 +357,7 @@ impl Request {
             Self::OpenDevice => Packet::new(4, seq, 0, [0; 3]),
             Self::CloseDevice => Packet::new(5, seq, 0, [0; 3]),
             Self::Stop => Packet::new(6, seq, 0, [0; 3]),
+            Self::Present { file, offset, count } => Packet::new(7, seq, 0, [file.0, offset, count]),
         }
         .encode()
     }
@@ -358,7 +368,7 @@ impl Request {
     /// [`ProtocolError`] names the field.
     pub fn decode(bytes: &[u8]) -> Result<(u32, Self), ProtocolError> {
         let packet = Packet::decode(bytes)?;
-        let [first, ..] = packet.words;
+        let [first, second, third] = packet.words;
         let request = match packet.kind {
             1 => Self::Watch { file: FileId(first), label: packet.label },
             2 => Self::Unwatch { file: FileId(first), complete: flag("Unwatch", "flag", packet.code)? },
@@ -366,6 +376,10 @@ impl Request {
             4 => Self::OpenDevice,
             5 => Self::CloseDevice,
             6 => Self::Stop,
+            7 if second.checked_add(third).is_some() => {
+                Self::Present { file: FileId(first), offset: second, count: third }
+            }
+            7 => return Err(ProtocolError::Field { kind: "Present", field: "range", offset: 24 }),
             kind => return Err(ProtocolError::Kind(kind)),
         };
         Ok((packet.seq, request))
@@ -378,6 +392,7 @@ impl Request {
             Self::Watch { .. } => "Watch",
             Self::Unwatch { .. } => "Unwatch",
             Self::Answer { .. } => "Answer",
+            Self::Present { .. } => "Present",
             Self::OpenDevice => "OpenDevice",
             Self::CloseDevice => "CloseDevice",
             Self::Stop => "Stop",
@@ -506,6 +521,9 @@ mod tests {
                 .prop_map(|(file, complete)| Request::Unwatch { file: FileId(file), complete }),
             (any::<u64>(), maybe_errno())
                 .prop_map(|(event, errno)| Request::Answer { event: EventId(event), errno }),
+            (any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(file, offset, count)| {
+                Request::Present { file: FileId(file), offset: offset.into(), count: count.into() }
+            }),
             Just(Request::OpenDevice),
             Just(Request::CloseDevice),
             Just(Request::Stop),

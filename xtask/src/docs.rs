@@ -44,7 +44,8 @@ fn help(program: &Path, args: &[&str]) -> Result<String> {
 fn cli() -> Result<String> {
     let bin = |name: &str| run::target_dir().join("debug").join(name);
     let main = help(&bin("skimmer"), &["--help"])?;
-    let mut text = format!("# Command line\n\nWritten by `cargo xtask docs`.\n\n## skimmer\n\n```\n{main}\n```\n");
+    let mut text =
+        format!("# Command line\n\nWritten by `cargo xtask docs`.\n\n## skimmer\n\n```\n{main}\n```\n");
     let commands = main.lines().skip_while(|line| *line != "Commands:").skip(1);
     for line in commands.take_while(|line| !line.is_empty()) {
         let Some(name) = line.strip_prefix("  ").and_then(|line| line.split(' ').next()) else { continue };

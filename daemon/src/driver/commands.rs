@@ -11,6 +11,7 @@ use skimmer_fetcher::source::Source;
 use skimmer_keeper::client::KeeperError;
 use skimmer_keeper::protocol::Errno;
 
+use super::flights::runs;
 use super::handle::{Command, Reply};
 use super::objects::{Blob, FileKey, engine_view};
 use super::{BlobStatus, DEVICE, Driver, DriverError, FileStatus, Status};
@@ -192,8 +193,10 @@ impl Driver {
             None => {
                 let ready = known.ready.clone();
                 let writer = self.ring.file(Arc::new(writer), true);
+                let filled = runs(known.spec.chunks.iter().filter(|chunk| ready.contains(chunk.index)));
                 fanotify.watch(blob, writer).map_err(|error| no_keeper(&error.to_string()))?;
                 self.make_object(FileKey::Fanotify(blob), blob, ready);
+                self.tell_filled(blob, &filled);
                 Ok(false)
             }
         }

@@ -11,8 +11,21 @@ use skimmer_fetcher::chunk::Verified;
 use super::objects::FileKey;
 use super::{Driver, write_failure};
 use crate::arena::{Run, Slab};
+use crate::blob::{BlobChunk, BlobId};
 use crate::fetch::{self, Fetched, Order};
 use crate::metrics::Stage;
+
+/// The bytes of chunks on the device, neighbours as one.
+pub(super) fn runs<'c>(chunks: impl IntoIterator<Item = &'c BlobChunk>) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for chunk in chunks {
+        match runs.last_mut().filter(|last| last.end == chunk.start) {
+            Some(last) => last.end = chunk.padded_end(),
+            None => runs.push(chunk.start..chunk.padded_end()),
+        }
+    }
+    runs
+}
 
 /// A flight that has its buffers.
 pub(super) struct Flight {
@@ -221,7 +234,9 @@ impl Driver {
 
     pub(super) fn ready(&mut self, object: ObjectId, chunks: Range<u32>) {
         let Some(object) = self.objects.get_mut(object) else { return };
-        let indexes: Vec<u32> = object.chunks(&chunks).iter().map(|chunk| chunk.index).collect();
+        let written = object.chunks(&chunks);
+        let indexes: Vec<u32> = written.iter().map(|chunk| chunk.index).collect();
+        let runs = runs(written);
         for index in &indexes {
             object.ready.insert(*index);
         }
@@ -231,6 +246,19 @@ impl Driver {
             }
         }
         self.sink.ready(object.key.mode(), object.blob, &indexes);
+        if let FileKey::Fanotify(blob) = object.key {
+            self.tell_filled(blob, &runs);
+        }
+    }
+
+    /// Lets the keeper answer accesses to these bytes by itself.
+    pub(super) fn tell_filled(&mut self, blob: BlobId, runs: &[Range<u64>]) {
+        for run in runs {
+            let Some(fanotify) = &mut self.fanotify else { return };
+            if let Err(error) = fanotify.filled(blob, run.start, run.end - run.start) {
+                return self.keeper_lost(&error);
+            }
+        }
     }
 
     pub(super) fn object_ready(&mut self, object: ObjectId) {

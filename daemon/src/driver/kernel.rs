@@ -88,7 +88,7 @@ impl Driver {
     }
 
     /// Without the keeper nothing can be watched or answered any more.
-    fn keeper_lost(&mut self, error: &KeeperError) {
+    pub(super) fn keeper_lost(&mut self, error: &KeeperError) {
         self.fanotify = None;
         self.parked.clear();
         self.waiting.fail_keeper(error);

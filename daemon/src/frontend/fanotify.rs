@@ -144,6 +144,12 @@ impl Fanotify {
         Ok(())
     }
 
+    /// Tells the keeper what is filled, so that it answers such accesses itself.
+    pub(crate) fn filled(&mut self, blob: BlobId, offset: u64, count: u64) -> Result<(), KeeperError> {
+        let Some(watched) = self.blobs.get(&blob) else { return Ok(()) };
+        self.keeper.send(Command::Present { file: watched.file, offset, count }).map(|_| ())
+    }
+
     /// Asks for the mark to be removed; [`Told::Unwatched`] answers. Nothing is asked for a blob that is not watched.
     pub(crate) fn unwatch(&mut self, blob: BlobId, complete: bool) -> Result<(), KeeperError> {
         let Some(watched) = self.blobs.get_mut(&blob) else { return Ok(()) };

@@ -1,6 +1,7 @@
 //! The files whose mark the keeper holds.
 
 use crate::protocol::{Errno, FileId, Label};
+use crate::server::present::Present;
 use crate::sys;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno as Sys;
@@ -28,6 +29,7 @@ pub(crate) struct Watched {
     pub(crate) label: Label,
     pub(crate) writer: OwnedFd,
     inode: Inode,
+    present: Present,
     /// Accesses in the event table.
     pending: u32,
     /// Complete and unmarked; goes when its last access is answered.
@@ -109,8 +111,9 @@ impl Files {
         for entry in &mut self.complete {
             entry.take_if(|known| *known == inode);
         }
+        let present = Present::new(u64::try_from(stat.st_size).unwrap_or(0));
         self.by_inode.insert(inode, file);
-        self.by_id.insert(file, Watched { label, writer, inode, pending: 0, draining: false });
+        self.by_id.insert(file, Watched { label, writer, inode, present, pending: 0, draining: false });
         Ok(())
     }
 
@@ -138,6 +141,18 @@ impl Files {
         unmarked?;
         self.remove(file);
         Ok(())
+    }
+
+    /// These bytes of the file are filled.
+    pub(crate) fn filled(&mut self, file: FileId, offset: u64, count: u64) {
+        if let Some(watched) = self.by_id.get_mut(&file) {
+            watched.present.insert(offset, count);
+        }
+    }
+
+    /// Whether the daemon said that all of this is filled.
+    pub(crate) fn is_filled(&self, file: FileId, offset: u64, count: u64) -> bool {
+        self.by_id.get(&file).is_some_and(|watched| watched.present.covers(offset, count))
     }
 
     /// Whose access is this?

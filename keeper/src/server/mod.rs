@@ -6,6 +6,7 @@ mod files;
 mod listener;
 mod log;
 mod peer;
+mod present;
 mod process;
 mod succession;
 
@@ -274,6 +275,7 @@ impl Server {
                 Ok(group) => self.files.unwatch(group, file, complete),
                 Err(_) => Err(Sys::NOENT.into()),
             },
+            Request::Present { file, offset, count } => return self.files.filled(file, offset, count),
             Request::OpenDevice => match self.open_device() {
                 Ok(()) => {
                     if let Some(peer) = &mut self.peer {
@@ -441,6 +443,9 @@ fn admit(files: &mut Files, events: &mut EventTable<PreAccess>, denials: &mut Li
         Verdict::Relay(file) => {
             let whole = || (0, u64::try_from(stat.st_size).unwrap_or(0));
             let (offset, count) = token.range().map_or_else(whole, |range| (range.offset, range.count));
+            if files.is_filled(file, offset, count) {
+                return drop(token.allow());
+            }
             files.event_added(file);
             events.insert(file, offset, count, token);
         }

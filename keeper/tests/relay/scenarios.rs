@@ -23,6 +23,7 @@ type Scenario = fn(&Bench);
 
 pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_read_waits_for_its_bytes", a_read_waits_for_its_bytes),
+    ("filled_ranges_need_no_daemon", filled_ranges_need_no_daemon),
     ("denials_carry_their_error", denials_carry_their_error),
     ("a_dead_daemons_event_goes_to_the_next", a_dead_daemons_event_goes_to_the_next),
     ("a_second_daemon_is_refused", a_second_daemon_is_refused),
@@ -61,6 +62,31 @@ fn a_read_waits_for_its_bytes(bench: &Bench) {
     assert_eq!(read(&path, 0, whole).join().unwrap().unwrap(), expected(0, whole));
     assert_eq!(client.unwatch(7, true), ENOENT);
     assert_eq!(client.done(Command::Stop), 0);
+}
+
+fn filled_ranges_need_no_daemon(bench: &Bench) {
+    let _keeper = bench.start(&[]);
+    let (mut client, _) = bench.connect();
+    let (path, writer) = bench.sparse("blob", LEN);
+    assert_eq!(client.watch(7, "", &writer), 0);
+    fill(&writer, 0, LEN / 2);
+    client.present(7, 0, LEN / 2);
+    // A name that is not watched is no harm.
+    client.present(8, 0, LEN);
+    let half = usize::try_from(LEN / 2).unwrap();
+    // The event of a hole shows that the keeper has read what was sent before.
+    let hole = read(&path, LEN / 2, 4096);
+    let (event, ..) = client.event();
+    assert_eq!(read(&path, 0, half).join().unwrap().unwrap(), expected(0, half));
+    drop(client);
+    // Nor while there is none at all.
+    assert_eq!(read(&path, 4096, 8192).join().unwrap().unwrap(), expected(4096, 8192));
+    let (mut client, _) = bench.connect();
+    let (again, _, offset, count) = client.event();
+    assert_eq!(again, event);
+    fill(&writer, offset, count);
+    client.allow(again);
+    assert_eq!(hole.join().unwrap().unwrap(), expected(LEN / 2, 4096));
 }
 
 fn denials_carry_their_error(bench: &Bench) {

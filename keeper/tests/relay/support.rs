@@ -227,6 +227,11 @@ impl Client {
         self.done(Command::Unwatch { file: FileId(file), complete })
     }
 
+    /// Says that a range is filled.
+    pub(crate) fn present(&mut self, file: u64, offset: u64, count: u64) {
+        self.0.send(Command::Present { file: FileId(file), offset, count }).unwrap();
+    }
+
     pub(crate) fn allow(&mut self, event: EventId) {
         self.0.send(Command::Answer { event, result: Ok(()) }).unwrap();
     }

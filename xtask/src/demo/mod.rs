@@ -84,7 +84,7 @@ impl Demo<'_> {
     }
 
     fn program(name: &str) -> PathBuf {
-        run::target_dir().join("release").join(name)
+        run::target_dir().join("debug").join(name)
     }
 
     fn skimmer_command(&self, args: &[&str]) -> Command {

@@ -1,0 +1,92 @@
+//! Which pages of a watched file are filled: such accesses need no daemon.
+
+/// The kernel asks for whole pages.
+const PAGE: u64 = 4096;
+/// Larger files get no map (8 MiB of it): every access of them goes to the daemon.
+const MAX_BYTES: u64 = 256 << 30;
+
+/// One bit per page.
+#[derive(Debug)]
+pub(crate) struct Present {
+    words: Box<[u64]>,
+    size: u64,
+}
+
+impl Present {
+    /// Nothing of a file of `size` bytes is filled.
+    pub(crate) fn new(size: u64) -> Self {
+        let size = if size <= MAX_BYTES { size } else { 0 };
+        let words = usize::try_from(size.div_ceil(PAGE).div_ceil(64)).unwrap_or(0);
+        Self { words: vec![0; words].into(), size }
+    }
+
+    /// The pages that lie fully in the range are filled; the file's last page counts when its last byte is.
+    pub(crate) fn insert(&mut self, offset: u64, count: u64) {
+        let end = offset.saturating_add(count).min(self.size);
+        let last = if end == self.size { end.div_ceil(PAGE) } else { end / PAGE };
+        for page in offset.div_ceil(PAGE)..last {
+            let word = usize::try_from(page / 64).ok().and_then(|at| self.words.get_mut(at));
+            if let Some(word) = word {
+                *word |= 1 << (page % 64);
+            }
+        }
+    }
+
+    /// Whether every page that the range touches is filled. A range that is empty or starts behind the end is not: it
+    /// is no ordinary read, and the daemon decides.
+    pub(crate) fn covers(&self, offset: u64, count: u64) -> bool {
+        let end = offset.saturating_add(count).min(self.size);
+        offset < end
+            && (offset / PAGE..end.div_ceil(PAGE)).all(|page| {
+                let word = usize::try_from(page / 64).ok().and_then(|at| self.words.get(at));
+                word.is_some_and(|word| word & 1 << (page % 64) != 0)
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn edges() {
+        let mut present = Present::new(3 * PAGE + 1);
+        assert!(!present.covers(0, 1));
+        // Half pages fill nothing.
+        present.insert(1, 2 * PAGE - 1);
+        assert!(present.covers(PAGE, PAGE) && !present.covers(0, PAGE));
+        // The last, short page.
+        present.insert(3 * PAGE, 1);
+        assert!(present.covers(3 * PAGE, PAGE) && present.covers(3 * PAGE, u64::MAX));
+        // Empty and beyond the end are not ordinary reads.
+        assert!(!present.covers(PAGE, 0) && !present.covers(4 * PAGE, PAGE));
+        present.insert(u64::MAX, u64::MAX);
+        assert!(!Present::new(MAX_BYTES + 1).covers(0, 1));
+    }
+
+    proptest! {
+        #[test]
+        fn covers_what_was_filled_and_nothing_else(
+            fills in proptest::collection::vec((0..40_u64, 0..20_u64), 0..12),
+            asks in proptest::collection::vec((0..200_000_u64, 1..100_000_u64), 0..12),
+        ) {
+            const SIZE: u64 = 40 * PAGE;
+            let mut present = Present::new(SIZE);
+            let mut filled = [false; 40];
+            for (first, pages) in fills {
+                present.insert(first * PAGE, pages * PAGE);
+                for page in first..(first + pages).min(40) {
+                    filled[usize::try_from(page).unwrap()] = true;
+                }
+            }
+            for (offset, count) in asks {
+                let end = (offset + count).min(SIZE);
+                let pages = offset / PAGE..end.div_ceil(PAGE);
+                let expected = offset < end
+                    && pages.into_iter().all(|page| filled[usize::try_from(page).unwrap()]);
+                prop_assert_eq!(present.covers(offset, count), expected);
+            }
+        }
+    }
+}
