@@ -5,6 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use kernel_tests::fixture::{Compression, Layer, Layout, Meta};
 use serde_json::Value;
 
 fn skimmer(dir: &Path, args: &[&str]) -> Output {
@@ -82,6 +83,25 @@ fn two_conversions_are_the_same() {
         }
         fs::remove_dir_all(dir.path().join("again")).unwrap();
     }
+}
+
+#[test]
+fn absolute_symlinks_in_a_layer_are_followed_unless_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    let mut layer = Layer::default();
+    let (directory, file) = (Meta::new(0o755), Meta::new(0o644));
+    layer.directory(b"run", &directory).unwrap().directory(b"var", &directory).unwrap();
+    layer.symlink(b"var/run", &Meta::new(0o777), b"/run").unwrap();
+    layer.file(b"var/run/pid", &file, b"1").unwrap();
+    let tar = layer.finish().unwrap();
+    Layout::create(&source).unwrap().image("v1", &[(&tar, Compression::Gzip)]).unwrap();
+    good(dir.path(), &["convert", "--quiet", "oci:source:v1", "./img"]);
+    let check: Value = serde_json::from_str(&good(dir.path(), &["check", "--json", "./img"])).unwrap();
+    assert_eq!(check["names"], 5);
+    let refusing = ["convert", "--quiet", "--refuse-absolute-symlinks", "oci:source:v1", "./other"];
+    let said = bad(dir.path(), &refusing);
+    assert!(said.contains("var/run") && said.contains("absolute"), "{said}");
 }
 
 #[test]

@@ -40,9 +40,9 @@ pub enum Input {
 /// its final name before all of the input has been read.
 ///
 /// Rules for layers, where unpackers differ: markers act on the layers below, wherever in the tar they stand; of entries
-/// with the same path the last counts; parents that are symlinks are followed inside of the image (those with an
-/// absolute target only if the options say so); a hard link's target is looked for in the layer first, as read so far,
-/// then in the layers below it; hard links to other things than regular files become files of their own; PAX times count
+/// with the same path the last counts; parents that are symlinks are followed inside of the image (an absolute
+/// target starts at its root; the options can refuse those), and a path that climbs above the root is an error; a hard
+/// link's target is looked for in the layer first, as read so far, then in the layers below it; hard links to other things than regular files become files of their own; PAX times count
 /// with their nanoseconds, `SCHILY.xattr.*` records become xattrs, `LIBARCHIVE.xattr.*` and textual ACL records do not;
 /// global PAX headers are skipped.
 pub fn convert(

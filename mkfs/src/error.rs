@@ -131,10 +131,10 @@ pub enum EntryProblem {
     /// The name climbs above the root.
     #[error("the path leaves the root of the image")]
     LeavesRoot,
-    /// A parent is a symlink with an absolute target.
+    /// A parent is a symlink with an absolute target, and the options refuse that.
     #[error(
-        "the path goes through the symlink \"{link}\" -> \"{target}\", whose target is absolute; allow it (it is then \
-         taken from the root of the image) with the option follow_absolute_symlinks"
+        "the path goes through the symlink \"{link}\" -> \"{target}\", whose target is absolute, which this conversion \
+         refuses; when followed, it is taken from the root of the image"
     )]
     AbsoluteSymlink {
         /// The symlink.

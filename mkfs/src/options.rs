@@ -58,7 +58,8 @@ pub struct Options {
     /// What happens to extended attributes that EROFS has no namespace for.
     pub unsupported_xattrs: UnsupportedXattrs,
     /// Whether an entry of a layer may pass through a symlink with an absolute target (such as `var/run -> /run`). The
-    /// target is then taken from the root of the image. When false such an entry is an error.
+    /// target is then taken from the root of the image, as container runtimes do when they unpack a layer; no target
+    /// leads out of it. When false such an entry is an error.
     pub follow_absolute_symlinks: bool,
     /// The platform that the config of a directory's image names. An image keeps its own.
     pub platform: Platform,
@@ -78,7 +79,7 @@ impl Default for Options {
             threads: None,
             prefetch: Vec::new(),
             unsupported_xattrs: UnsupportedXattrs::Refuse,
-            follow_absolute_symlinks: false,
+            follow_absolute_symlinks: true,
             platform: Platform::host(),
             tag: None,
             mark_platform: false,

@@ -288,8 +288,10 @@ fn hostile_entries_are_named_with_layer_and_offset() {
         assert!(message.starts_with("layer sha256:"), "{message}");
     }
     for (make, expected) in [
-        (Tar::default().symlink("l", "/etc").file("l/passwd", b"x"), "\"l\" -> \"/etc\""),
         (Tar::default().symlink("l", "../..").file("l/x", b""), "leaves the root"),
+        (Tar::default().symlink("l", "/../etc").file("l/passwd", b"x"), "leaves the root"),
+        (Tar::default().symlink("l", "/..").hard_link("h", "l/etc/passwd"), "leaves the root"),
+        (Tar::default().symlink("l", "/m").symlink("m", "/l").file("l/x", b""), "more than 40 symlinks"),
         (Tar::default().symlink("l", "l").file("l/x", b""), "more than 40 symlinks"),
         (Tar::default().hard_link("h", "../../etc/passwd"), "leaves the root"),
         (Tar::default().hard_link("h", "nothing"), "neither this layer"),
@@ -324,6 +326,33 @@ fn hostile_entries_are_named_with_layer_and_offset() {
         let message = refused(&make);
         assert!(message.contains(expected), "{expected}: {message}");
     }
+}
+
+#[test]
+fn absolute_symlinks_lead_from_the_root_of_the_image() {
+    let mut lower = Tar::default();
+    lower.dir("run").dir("var").symlink("var/run", "/run").symlink("etc", "/usr/./etc");
+    lower.file("run/old", b"old").file("run/stays", b"stays");
+    let mut upper = Tar::default();
+    upper.file("var/run/pid", b"1").file("var/run/.wh.old", b"").file("etc/passwd", b"root");
+    upper.hard_link("link", "var/run/stays");
+    let layers = [(lower.end(), Packing::Gzip), (upper.end(), Packing::Zstd)];
+    let made = convert_layers(&layers, &Options::default()).unwrap();
+    let nodes = made.read_back();
+    let content = |path: &str| nodes.get(path.as_bytes()).map(|node| node.content.as_slice());
+    assert_eq!(content("/run/pid"), Some(&b"1"[..]));
+    assert_eq!(content("/run/stays"), Some(&b"stays"[..]));
+    assert_eq!(content("/link"), Some(&b"stays"[..]));
+    assert_eq!(content("/run/old"), None);
+    assert_eq!(content("/usr/etc/passwd"), Some(&b"root"[..]));
+    // The links are still what they were.
+    assert_eq!(content("/var/run"), Some(&b"/run"[..]));
+    assert_eq!(content("/etc"), Some(&b"/usr/./etc"[..]));
+
+    let mut options = Options::default();
+    options.follow_absolute_symlinks = false;
+    let message = convert_layers(&layers, &options).map(|made| made.report).unwrap_err().to_string();
+    assert!(message.contains("\"var/run/pid\"") && message.contains("\"var/run\" -> \"/run\""), "{message}");
 }
 
 #[test]

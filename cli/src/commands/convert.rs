@@ -45,6 +45,10 @@ pub(crate) struct Options {
     /// Leave out extended attributes that EROFS has no namespace for instead of refusing the image.
     #[arg(long)]
     drop_xattrs: bool,
+    /// Refuse entries of a layer whose path goes through a symlink with an absolute target (var/run -> /run) instead of
+    /// following it from the root of the image.
+    #[arg(long)]
+    refuse_absolute_symlinks: bool,
     /// Tag of the result in a destination layout [default: the source's].
     #[arg(long)]
     tag: Option<String>,
@@ -144,6 +148,7 @@ impl Options {
         if self.drop_xattrs {
             mkfs.unsupported_xattrs = UnsupportedXattrs::Drop;
         }
+        mkfs.follow_absolute_symlinks = !self.refuse_absolute_symlinks;
         mkfs.tag = tag;
         mkfs
     }
