@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use skimmer_client::{Client, StartOptions};
+use anyhow::{Context, Error, Result, bail};
+use skimmer_client::{Client, ClientError, StartOptions};
 
 /// Where the daemon is, for commands that talk to it.
 #[derive(clap::Args)]
@@ -29,10 +29,18 @@ pub(crate) struct Start {
 
 impl Daemon {
     pub(crate) async fn connect(&self) -> Result<Client> {
-        Ok(Client::connect(&self.socket).await?)
+        match Client::connect(&self.socket).await {
+            Err(error @ ClientError::Unreachable { .. }) if !is_root() => {
+                Err(Error::new(error).context("only root may talk to skimmerd (try sudo)"))
+            }
+            other => Ok(other?),
+        }
     }
 
     pub(crate) async fn connect_or_start(&self, start: &Start) -> Result<(Client, bool)> {
+        if !is_root() {
+            bail!("mounting an image needs root (try sudo)");
+        }
         if start.no_start {
             return Ok((self.connect().await?, false));
         }
@@ -47,6 +55,10 @@ impl Daemon {
         let options = StartOptions { socket, args, ..StartOptions::default() };
         Ok(Client::connect_or_start(&options).await?)
     }
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
 }
 
 /// `path` as text, for requests that are JSON.

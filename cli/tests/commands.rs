@@ -64,7 +64,8 @@ fn a_directory_becomes_a_sound_image() {
     let check: Value = serde_json::from_str(&good(dir.path(), &["check", "--json", "./img"])).unwrap();
     assert_eq!(check["sound"], true);
     assert_eq!(check["names"], 5);
-    let inspect: Value = serde_json::from_str(&good(dir.path(), &["inspect", "--json", "oci:./img"])).unwrap();
+    let inspect: Value =
+        serde_json::from_str(&good(dir.path(), &["inspect", "--json", "oci:./img"])).unwrap();
     assert_eq!(inspect["tree"]["files"], 2);
     assert_eq!(inspect["tree"]["file_bytes"], 1_200_006);
     assert!(good(dir.path(), &["inspect", "--dump", "./img"]).contains("superblock"));
@@ -102,6 +103,15 @@ fn absolute_symlinks_in_a_layer_are_followed_unless_refused() {
     let refusing = ["convert", "--quiet", "--refuse-absolute-symlinks", "oci:source:v1", "./other"];
     let said = bad(dir.path(), &refusing);
     assert!(said.contains("var/run") && said.contains("absolute"), "{said}");
+}
+
+#[test]
+fn a_changed_directory_is_converted_again_to_the_same_place() {
+    let dir = image();
+    fs::write(dir.path().join("tree/etc/hello"), "hello again\n").unwrap();
+    good(dir.path(), &["convert", "--quiet", "./tree", "./img"]);
+    let inspect: Value = serde_json::from_str(&good(dir.path(), &["inspect", "--json", "./img"])).unwrap();
+    assert_eq!(inspect["tree"]["file_bytes"], 1_200_012);
 }
 
 #[test]
@@ -181,7 +191,8 @@ fn an_image_that_was_not_converted_is_refused_with_the_way_to_do_it() {
     let layout = dir.path().join("plain");
     fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
     let put = |text: &str| fs::write(layout.join("blobs/sha256").join(digest(text).hex()), text).unwrap();
-    let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{}}"#;
+    let config =
+        r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{}}"#;
     put(config);
     let manifest = format!(
         r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{}","size":{}}},"layers":[]}}"#,

@@ -281,8 +281,9 @@ impl Layout {
             annotations.insert(ANNOTATION_REF_NAME.to_owned(), tag.to_owned());
             descriptor.set_annotations(Some(annotations));
         } else {
-            let unnamed = |entry: &Descriptor| oci::annotation(entry, ANNOTATION_REF_NAME).is_none();
-            manifests.retain(|entry| !(unnamed(entry) && entry.digest() == descriptor.digest()));
+            // An image without a name takes the place of the one before it, as one with a name does: making an image
+            // twice must not leave two that cannot be told apart.
+            manifests.retain(|entry| oci::annotation(entry, ANNOTATION_REF_NAME).is_some());
         }
         manifests.push(descriptor);
         index.set_manifests(manifests);

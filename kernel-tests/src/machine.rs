@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use skimmer_vm_images::protocol::Reply;
-use skimmer_vm_images::{Output, Pending, Vm, command};
+use skimmer_vm_images::{BootConfig, GuestRoot, Output, Pending, Vm, command, disk};
 
 use crate::agent::Jobs;
+use crate::skimmer::programs;
 
 /// A machine that runs commands.
 pub enum Machine {
@@ -42,6 +43,37 @@ impl Machine {
     #[must_use]
     pub fn host() -> Self {
         Machine::Host(Host::default())
+    }
+
+    /// A guest of the kernel `name` with our programs in `/bin` and an empty file system of `cache_bytes`, made in the
+    /// file `disk`, at `/cache`; `port` of its loopback leads to the same port of ours.
+    ///
+    /// # Errors
+    /// A program is missing, or the guest does not come up.
+    pub fn guest(name: &str, agent: &Path, disk: &Path, cache_bytes: u64, port: u16) -> Result<Self> {
+        let kernel = skimmer_vm_images::prepare(name)?;
+        let mut root = GuestRoot::new(agent);
+        for program in programs()? {
+            root.program(&program)?;
+        }
+        let initramfs = root.build(&kernel)?;
+        disk::empty(disk, cache_bytes)?;
+        let vm = Vm::boot(&BootConfig::new(&kernel, &initramfs).disk("cache", disk, false))?;
+        eprintln!("{}: up after {:?}", vm.guest().release, vm.guest().boot_time);
+        vm.forward(port)?;
+        let device = vm.guest().disks.get("cache").context("the guest does not see its disk")?.clone();
+        let machine = Machine::Guest(vm);
+        let short = Duration::from_secs(30);
+        machine.check(&["mkdir", "/cache"], short)?;
+        machine.check(&["mount", "-t", "ext4", &device, "/cache"], short)?;
+        Ok(machine)
+    }
+
+    /// The last lines of its kernel's log.
+    #[must_use]
+    pub fn kernel_log(&self) -> String {
+        let output = self.run(&["sh", "-c", "dmesg | tail -n 40"], Duration::from_secs(30));
+        output.map_or_else(|error| error.to_string(), |output| output.describe())
     }
 
     /// Starts a command; it is killed after `timeout`.

@@ -1,6 +1,7 @@
 //! The story that both attach modes must live through, from an OCI image to reads that no daemon sees.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -46,21 +47,21 @@ impl Stage {
             registry,
             oracle,
         };
-        stage.publish(
-            &format!("oci:{}:mixed", hard.display()),
-            &stage.hard,
-            &scratch.join("hard-skimmer"),
-        )?;
-        stage.publish(&format!("oci:{}:late", late.display()), &stage.late, &scratch.join("late-skimmer"))?;
+        publish(&format!("oci:{}:mixed", hard.display()), &stage.hard, &scratch.join("hard-skimmer"))?;
+        publish(&format!("oci:{}:late", late.display()), &stage.late, &scratch.join("late-skimmer"))?;
         Ok(stage)
     }
+}
 
-    fn publish(&self, source: &str, reference: &str, converted: &Path) -> Result<()> {
-        let skimmer: PathBuf = programs()?.swap_remove(0);
-        run(std::process::Command::new(&skimmer).args(["convert", source]).arg(converted))?;
-        run(std::process::Command::new(&skimmer).arg("push").arg(converted).arg(reference))?;
-        Ok(())
-    }
+/// Converts an image with our `skimmer` into the layout `converted`, and pushes that to a registry as `reference`.
+///
+/// # Errors
+/// Either fails: the message says what `skimmer` said.
+pub fn publish(source: &str, reference: &str, converted: &Path) -> Result<()> {
+    let skimmer: PathBuf = programs()?.swap_remove(0);
+    run(Command::new(&skimmer).args(["convert", source]).arg(converted))?;
+    run(Command::new(&skimmer).arg("push").arg(converted).arg(reference))?;
+    Ok(())
 }
 
 /// Plays the story on a node. `directory` is a place for mount points on its machine.
@@ -139,7 +140,11 @@ fn step(what: &str) {
     eprintln!("  {what}");
 }
 
-fn equal(expected: &[Entry], found: &[Entry], what: &str) -> Result<()> {
+/// Fails when `found` differs from `expected`, and tells in what.
+///
+/// # Errors
+/// The differences, after `what` was done.
+pub fn equal(expected: &[Entry], found: &[Entry], what: &str) -> Result<()> {
     let differences = compare(expected, found);
     ensure!(differences.is_empty(), "{what}: {} differences:\n{}", differences.len(), report(&differences));
     Ok(())

@@ -14,6 +14,8 @@ use crate::tree::Entry;
 const SHORT: Duration = Duration::from_secs(120);
 /// For commands that read or fetch everything, under emulation.
 const LONG: Duration = Duration::from_secs(300);
+/// For reading and hashing the whole of a large image, under emulation.
+const WHOLE: Duration = Duration::from_secs(1200);
 /// The programs that a node needs besides the agent.
 pub const PROGRAMS: [&str; 3] = ["skimmer", "skimmerd", "skimmer-keeper"];
 
@@ -213,7 +215,7 @@ impl<'a> Node<'a> {
     /// # Errors
     /// Something in it cannot be read.
     pub fn list(&self, directory: &str) -> Result<Vec<Entry>> {
-        let lines = self.machine.check(&[&self.agent, "treelist", directory], LONG)?;
+        let lines = self.machine.check(&[&self.agent, "treelist", directory], WHOLE)?;
         let lines = String::from_utf8(lines)?;
         lines.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }

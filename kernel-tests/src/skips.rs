@@ -1,24 +1,28 @@
 //! Tests that cannot run on this machine say so, and are counted.
 
-use std::fs::File;
-use std::io::Write;
+use std::process::{Command, Stdio};
 
-/// Prints `SKIPPED: <test>: <why>`, and appends the same to the file named by `SKIMMER_SKIPS` when that is set.
-///
-/// # Panics
-/// The file cannot be written: a skip must never be lost.
-pub fn skip(test: &str, why: &str) {
-    let line = format!("{test}: {}\n", why.replace('\n', " "));
-    eprint!("SKIPPED: {line}");
-    if let Some(path) = std::env::var_os("SKIMMER_SKIPS") {
-        let file = File::options().create(true).append(true).open(&path);
-        let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
-        written.unwrap_or_else(|error| panic!("cannot note a skip in {}: {error}", path.display()));
-    }
-}
+pub use skimmer_test_support::skip;
 
 /// Why this process cannot mount and mark files, or `None` when it is root.
 #[must_use]
 pub fn not_root() -> Option<String> {
     (!rustix::process::geteuid().is_root()).then(|| "needs root".to_owned())
+}
+
+/// Why this kernel has no pre-content events on file-backed EROFS mounts. What it reports of itself decides, not our
+/// own probe: a broken probe must fail the test, not skip it.
+#[must_use]
+pub fn no_precontent_events() -> Option<String> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < (6, 15) {
+        return Some(format!("Linux {release} has no pre-content events for EROFS; 6.15 has"));
+    }
+    // Loads the module where there is one.
+    let _ = Command::new("modprobe").arg("erofs").stderr(Stdio::null()).status();
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let erofs = known.lines().any(|line| line.split_whitespace().last() == Some("erofs"));
+    (!erofs).then(|| format!("Linux {release} has no EROFS"))
 }

@@ -42,7 +42,10 @@ pub fn is_installed(package: &str) -> bool {
 }
 
 /// Fetches the package lists.
-pub(crate) fn update() -> Result<()> {
+///
+/// # Errors
+/// We are not root, or apt fails.
+pub fn update() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("the package lists are missing or old; run as root: apt-get update");
     }

@@ -12,7 +12,7 @@ use crate::run;
 pub(crate) struct Options {
     /// Fail when a file in docs/ is not what the programs say, instead of writing it.
     #[arg(long)]
-    check: bool,
+    pub(crate) check: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use skimmer_vm_images::apt;
 
-use crate::run;
+use crate::{docs, run};
 
 /// Programs of Debian that the tests use as real counterparts and oracles.
 const PACKAGES: &[&str] = &[
@@ -19,6 +19,7 @@ const PACKAGES: &[&str] = &[
     "e2fsprogs",
     "erofs-utils",
     "iproute2",
+    "openssl",
     "qemu-system-x86",
     "skopeo",
     "umoci",
@@ -51,10 +52,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         step("lints");
         let lints = ["--workspace", "--all-targets", "--", "-D", "warnings"];
         run::check(run::cargo(&["clippy", "--quiet"]).args(lints))?;
+        run::check(&mut run::cargo(&["fmt", "--check", "--manifest-path", "fuzz/Cargo.toml"]))?;
     }
     step("build");
     // The programs under test, where the kernel tests look for them.
     run::check(&mut run::cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
+
+    step("documents");
+    docs::run(&docs::Options { check: true })?;
 
     let skips = tempfile::NamedTempFile::new().context("cannot make the list of skipped tests")?;
     let mut totals = Totals::default();
@@ -74,6 +79,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             run::cargo(&args).args(["--test", "mutations"]).env("SKIMMER_SKIPS", skips.path()),
             &mut totals,
         )?;
+        step("fuzz corpora");
+        let args = ["test", "--no-fail-fast", "--manifest-path", "fuzz/Cargo.toml"];
+        count(run::cargo(&args).env("CARGO_TARGET_DIR", run::target_dir()), &mut totals)?;
     }
 
     let skipped = std::fs::read_to_string(skips.path()).context("cannot read the list of skipped tests")?;

@@ -39,9 +39,6 @@ pub(crate) struct Options {
     /// Which image of a multi-platform one, as OS/ARCHITECTURE[/VARIANT] [default: this machine's].
     #[arg(long, value_parser = image::platform)]
     platform: Option<Platform>,
-    /// A path inside the image to list for prefetching, most wanted first (repeatable).
-    #[arg(long, value_name = "PATH")]
-    prefetch: Vec<String>,
     /// Leave out extended attributes that EROFS has no namespace for instead of refusing the image.
     #[arg(long)]
     drop_xattrs: bool,
@@ -144,7 +141,6 @@ impl Options {
             Hash::Blake3 => Digest::Blake3,
         };
         mkfs.threads = self.threads;
-        mkfs.prefetch = self.prefetch.iter().map(|path| path.clone().into_bytes()).collect();
         if self.drop_xattrs {
             mkfs.unsupported_xattrs = UnsupportedXattrs::Drop;
         }

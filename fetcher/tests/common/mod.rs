@@ -17,6 +17,7 @@ use skimmer_fetcher::oci::{self, Descriptor, RawManifest};
 use skimmer_fetcher::reference::RegistryRef;
 use skimmer_fetcher::registry::{Registry, RegistryOptions};
 use skimmer_fetcher::source::BlobRef;
+use skimmer_test_support::skip_this;
 
 /// Bytes that do not repeat and do not compress.
 pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
@@ -222,11 +223,12 @@ pub(crate) struct Setup {
 }
 
 impl DockerRegistry {
-    /// `None`, with a word on standard error, when the program is not installed.
+    /// `None` when it or openssl is not installed: the test is then counted as skipped.
+    #[track_caller]
     pub(crate) fn start(setup: Setup) -> Option<Self> {
         const PROGRAM: &str = "/usr/bin/docker-registry";
         if !Path::new(PROGRAM).exists() {
-            eprintln!("SKIPPED: {PROGRAM} is missing (package docker-registry)");
+            skip_this(&format!("{PROGRAM} is missing (package docker-registry)"));
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -273,6 +275,7 @@ impl Drop for DockerRegistry {
     }
 }
 
+#[track_caller]
 fn configure(dir: &Path, host: &str, setup: Setup) -> Option<PathBuf> {
     let mut config = format!(
         "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {host}\n  relativeurls: {}\n",
@@ -292,10 +295,11 @@ fn configure(dir: &Path, host: &str, setup: Setup) -> Option<PathBuf> {
             .output();
         match made {
             Ok(output) if output.status.success() => {}
-            other => {
-                eprintln!("SKIPPED: openssl cannot make a certificate: {other:?}");
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                skip_this("openssl is missing (package openssl)");
                 return None;
             }
+            other => panic!("openssl cannot make a certificate: {other:?}"),
         }
         config += &format!("  tls:\n    certificate: {}\n    key: {}\n", cert.display(), key.display());
     }

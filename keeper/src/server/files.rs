@@ -111,7 +111,8 @@ impl Files {
         for entry in &mut self.complete {
             entry.take_if(|known| *known == inode);
         }
-        let present = Present::new(u64::try_from(stat.st_size).unwrap_or(0));
+        let mapped = self.by_id.values().map(|watched| watched.present.mapped()).sum();
+        let present = Present::new(u64::try_from(stat.st_size).unwrap_or(0), mapped);
         self.by_inode.insert(inode, file);
         self.by_id.insert(file, Watched { label, writer, inode, present, pending: 0, draining: false });
         Ok(())
@@ -212,6 +213,7 @@ fn unmark(group: &Group, watched: &Watched) -> Result<(), Errno> {
 mod tests {
     use super::*;
     use skimmer_fanotify::EventAccess;
+    use skimmer_test_support::{scratch_dir, skip_this};
     use std::fs::File;
 
     fn file(dir: &tempfile::TempDir, name: &str) -> (File, OwnedFd, Inode) {
@@ -224,10 +226,9 @@ mod tests {
 
     #[test]
     fn only_complete_files_are_let_through() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch_dir();
         if let Err(why) = skimmer_fanotify::probe(dir.path()) {
-            eprintln!("SKIPPED: {why}");
-            return;
+            return skip_this(&why.to_string());
         }
         let group = Group::new(EventAccess::ReadOnly).unwrap();
         let label = Label::new("").unwrap();
@@ -255,10 +256,9 @@ mod tests {
 
     #[test]
     fn the_table_has_an_end() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch_dir();
         if let Err(why) = skimmer_fanotify::probe(dir.path()) {
-            eprintln!("SKIPPED: {why}");
-            return;
+            return skip_this(&why.to_string());
         }
         let group = Group::new(EventAccess::ReadOnly).unwrap();
         let label = Label::new("").unwrap();

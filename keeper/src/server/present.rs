@@ -2,8 +2,9 @@
 
 /// The kernel asks for whole pages.
 const PAGE: u64 = 4096;
-/// Larger files get no map (8 MiB of it): every access of them goes to the daemon.
-const MAX_BYTES: u64 = 256 << 30;
+/// Bytes of files that all maps together may stand for (16 MiB of bits). A file beyond it gets no map: its accesses all
+/// go to the daemon. Sizes come from images, and a keeper without memory would end and let every reader through.
+pub(crate) const MAX_MAPPED: u64 = 512 << 30;
 
 /// One bit per page.
 #[derive(Debug)]
@@ -13,11 +14,22 @@ pub(crate) struct Present {
 }
 
 impl Present {
-    /// Nothing of a file of `size` bytes is filled.
-    pub(crate) fn new(size: u64) -> Self {
-        let size = if size <= MAX_BYTES { size } else { 0 };
-        let words = usize::try_from(size.div_ceil(PAGE).div_ceil(64)).unwrap_or(0);
-        Self { words: vec![0; words].into(), size }
+    /// Nothing of a file of `size` bytes is filled. Without room for it among `mapped` bytes of other files, or without
+    /// memory, the map stays empty for ever.
+    pub(crate) fn new(size: u64, mapped: u64) -> Self {
+        let size = if size <= MAX_MAPPED.saturating_sub(mapped) { size } else { 0 };
+        let count = usize::try_from(size.div_ceil(PAGE).div_ceil(64)).unwrap_or(0);
+        let mut words = Vec::new();
+        if words.try_reserve_exact(count).is_err() {
+            return Self { words: Box::default(), size: 0 };
+        }
+        words.resize(count, 0);
+        Self { words: words.into(), size }
+    }
+
+    /// Bytes of the file that the map stands for.
+    pub(crate) fn mapped(&self) -> u64 {
+        self.size
     }
 
     /// The pages that lie fully in the range are filled; the file's last page counts when its last byte is.
@@ -51,7 +63,7 @@ mod tests {
 
     #[test]
     fn edges() {
-        let mut present = Present::new(3 * PAGE + 1);
+        let mut present = Present::new(3 * PAGE + 1, 0);
         assert!(!present.covers(0, 1));
         // Half pages fill nothing.
         present.insert(1, 2 * PAGE - 1);
@@ -62,7 +74,12 @@ mod tests {
         // Empty and beyond the end are not ordinary reads.
         assert!(!present.covers(PAGE, 0) && !present.covers(4 * PAGE, PAGE));
         present.insert(u64::MAX, u64::MAX);
-        assert!(!Present::new(MAX_BYTES + 1).covers(0, 1));
+        // No room for a map: nothing is ever filled.
+        for (size, mapped) in [(MAX_MAPPED + 1, 0), (PAGE, MAX_MAPPED), (PAGE, u64::MAX)] {
+            let mut present = Present::new(size, mapped);
+            present.insert(0, PAGE);
+            assert!(!present.covers(0, PAGE) && present.mapped() == 0);
+        }
     }
 
     proptest! {
@@ -72,7 +89,7 @@ mod tests {
             asks in proptest::collection::vec((0..200_000_u64, 1..100_000_u64), 0..12),
         ) {
             const SIZE: u64 = 40 * PAGE;
-            let mut present = Present::new(SIZE);
+            let mut present = Present::new(SIZE, 0);
             let mut filled = [false; 40];
             for (first, pages) in fills {
                 present.insert(first * PAGE, pages * PAGE);

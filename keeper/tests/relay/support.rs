@@ -14,6 +14,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// Nothing here takes this long; it only ends a run that hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -59,18 +60,20 @@ pub(crate) fn fill(writer: &File, offset: u64, count: u64) {
 
 /// A scratch directory where the kernel raises pre-content events.
 pub(crate) struct Bench {
-    dir: tempfile::TempDir,
+    dir: TempDir,
+    /// Apart, and short: a socket's path has at most 107 bytes.
+    sockets: TempDir,
 }
 
 impl Bench {
     pub(crate) fn new() -> Result<Self, Unsupported> {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = skimmer_test_support::scratch_dir();
         skimmer_fanotify::probe(dir.path())?;
-        Ok(Self { dir })
+        Ok(Self { dir, sockets: tempfile::tempdir().unwrap() })
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
-        self.dir.path().join("keeper.sock")
+        self.sockets.path().join("keeper.sock")
     }
 
     /// A sparse file and the descriptor to fill it with.

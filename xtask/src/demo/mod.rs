@@ -1,7 +1,6 @@
 //! `cargo xtask demo`: a container's program starts from a real registry over a slow link, ours against
 //! pull-everything-and-unpack of the original image.
 
-mod image;
 mod registry;
 
 use std::path::{Path, PathBuf};
@@ -9,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use kernel_tests::demo_image;
 use serde_json::Value;
 use skimmer_bench::link::{Link, Shape};
 use skimmer_vm_images::apt;
@@ -42,15 +42,11 @@ struct Row {
 pub(crate) fn run(options: &Options) -> Result<()> {
     apt::ensure(PACKAGES)?;
     println!("building");
-    run::check(run::cargo(&["build", "--quiet", "--release", "--bins"]).args([
-        "--package",
-        "skimmer-cli",
-        "--package",
-        "skimmer-daemon",
-        "--package",
-        "skimmer-keeper",
-    ]))?;
-    let layout = image::prepare()?;
+    let packages = ["--package", "skimmer-cli", "--package", "skimmer-daemon", "--package", "skimmer-keeper"];
+    run::check(run::cargo(&["build", "--quiet", "--bins"]).args(packages))?;
+    // The programs we run get the interrupt too; what fails then goes the way of every failure, clean-up included.
+    ctrlc::set_handler(|| eprintln!("interrupted, cleaning up")).context("cannot handle interrupts")?;
+    let layout = demo_image::prepare()?;
     let work = tempfile::Builder::new().prefix("skimmer-demo").tempdir()?;
     let shape = Shape {
         bits_per_second: options.mbit * 1_000_000,
@@ -102,7 +98,7 @@ impl Demo<'_> {
         let local = Registry::local();
         let converted = self.work.join("converted");
         let start = Instant::now();
-        let source = format!("oci:{}:latest", layout.display());
+        let source = format!("oci:{}:{}", layout.display(), demo_image::TAG);
         let report = run::output(self.skimmer_command(&["convert", "--json", &source]).arg(&converted))?;
         let report: Value = serde_json::from_str(&report).context("convert --json printed no JSON")?;
         println!(
@@ -185,12 +181,7 @@ impl Demo<'_> {
         });
 
         // A new daemon takes over; after a full read nothing is left to ask it for, page cache or not.
-        let mut status = self.skimmer_command(&["mount", "--json"]);
-        status.arg("--socket").arg(&socket).arg("--root").arg(&root).arg("--config").arg(&config);
-        status.args(["--plain-http", "--mode", &mode]);
-        let second = self.work.join("mnt2");
-        std::fs::create_dir(&second)?;
-        run::output(status.arg(&image).arg(&second))?;
+        self.start_daemon()?;
         let bytes = read_everything(&mount)?;
         self.kill_daemon()?;
         drop_caches()?;
@@ -233,16 +224,39 @@ impl Demo<'_> {
         if !self.work.join("mnt").exists() {
             return;
         }
-        let mut stop = Command::new(Self::program("skimmerd"));
-        stop.arg("--socket").arg(self.socket()).arg("--root").arg(self.work.join("cache"));
-        stop.arg("--config").arg(self.work.join("skimmerd.toml")).arg("--stop-all");
-        if let Err(error) = run::output(&mut stop) {
+        // The killed daemon left its mounts; its successor knows them and can take them away.
+        let outcome = self.start_daemon().and_then(|()| run::output(self.daemon().arg("--stop-all")));
+        if let Err(error) = outcome {
             eprintln!("clean-up: {error:#}");
         }
     }
 
+    fn daemon(&self) -> Command {
+        let mut daemon = Command::new(Self::program("skimmerd"));
+        daemon.arg("--socket").arg(self.socket()).arg("--root").arg(self.work.join("cache"));
+        daemon.arg("--config").arg(self.work.join("skimmerd.toml"));
+        daemon
+    }
+
+    /// Starts a daemon if none answers.
+    fn start_daemon(&self) -> Result<()> {
+        if self.status().is_ok() {
+            return Ok(());
+        }
+        let log = std::fs::File::options().create(true).append(true).open(self.work.join("skimmerd.log"))?;
+        let mut daemon = self.daemon();
+        daemon.arg("--detach").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        daemon.spawn().context("cannot start skimmerd")?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.status().is_err() {
+            ensure!(Instant::now() < deadline, "skimmerd does not answer");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
     fn print(&self, shape: Shape) {
-        println!("\nTime to first output of {:?} and bytes moved, {shape}:\n", image::RUN.join(" "));
+        println!("\nTime to first output of {:?} and bytes moved, {shape}:\n", demo_image::RUN.join(" "));
         println!("| {:42} | {:>14} | {:>12} | {:>7} |", "", "first output", "moved", "ratio");
         println!("|{:-<44}|{:->16}|{:->14}|{:->9}|", "", ":", ":", ":");
         let slowest = self.rows.first().map_or(1.0, |row| row.first_output.as_secs_f64());
@@ -263,17 +277,17 @@ fn mebibytes(bytes: u64) -> f64 {
 fn run_program(root: &Path) -> Result<()> {
     let output = Command::new("chroot")
         .arg(root)
-        .args(image::RUN)
+        .args(demo_image::RUN)
         .env_clear()
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         .stdin(Stdio::null())
         .output()
         .context("cannot run chroot")?;
     let stdout = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() || !stdout.contains(image::EXPECTED) {
+    if !output.status.success() || !stdout.contains(demo_image::EXPECTED) {
         bail!(
             "{:?} in {}: {}\n{stdout}{}",
-            image::RUN,
+            demo_image::RUN,
             root.display(),
             output.status,
             String::from_utf8_lossy(&output.stderr)

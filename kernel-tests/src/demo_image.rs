@@ -3,13 +3,12 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-
-use crate::run;
+use skimmer_vm_images::{apt, cache, run};
 
 /// Changes whenever this file makes other bytes from the same packages.
 const RECIPE: &str = "1";
@@ -53,12 +52,26 @@ page = jinja2.Template("{{ n }} squares sum to {{ s }}").render(n=10, s=int((num
 print(json.dumps({"python": sys.version.split()[0], "requests": requests.__version__, "page": page}), flush=True)
 "#;
 /// What the application prints contains this.
-pub(crate) const EXPECTED: &str = "10 squares sum to 285";
+pub const EXPECTED: &str = "10 squares sum to 285";
 /// The command line that runs it in the image's root.
-pub(crate) const RUN: &[&str] = &["/usr/bin/python3", "-B", "/app/main.py"];
+pub const RUN: &[&str] = &["/usr/bin/python3", "-B", "/app/main.py"];
+
+/// The image's tag in its layout.
+pub const TAG: &str = "latest";
 
 /// Makes the image if the cache does not hold it; returns its OCI layout.
-pub(crate) fn prepare() -> Result<PathBuf> {
+///
+/// # Errors
+/// A package cannot be fetched, a file cannot be written, or we are not root.
+pub fn prepare() -> Result<PathBuf> {
+    make().or_else(|first| {
+        // Missing or outdated package lists are the usual reason for a first failure.
+        apt::update().with_context(|| format!("after {first:#}"))?;
+        make()
+    })
+}
+
+fn make() -> Result<PathBuf> {
     let base = resolve(BASE, &[])?;
     let packages = resolve(PACKAGES, &base)?;
     let mut key = Sha256::new();
@@ -66,13 +79,13 @@ pub(crate) fn prepare() -> Result<PathBuf> {
         key.update(text.as_bytes());
         key.update([0]);
     }
-    let cache = skimmer_vm_images::cache::root()?.join("demo");
+    let cache = cache::root()?.join("demo");
     let layout = cache.join(hex::encode(key.finalize()));
     if layout.join("index.json").exists() {
         return Ok(layout);
     }
     fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
-    println!("making the demo image of {} Debian packages (once)", base.len() + packages.len());
+    eprintln!("making the demo image of {} Debian packages (once)", base.len() + packages.len());
     let work = tempfile::tempdir_in(&cache).context("cannot make a work folder in the cache")?;
     let built = work.path().join("layout");
     fs::create_dir_all(built.join("blobs/sha256"))?;
@@ -104,10 +117,10 @@ pub(crate) fn prepare() -> Result<PathBuf> {
 
 /// The packages that `names` need on an empty system, `name=version`, without those in `without`.
 fn resolve(names: &[&str], without: &[String]) -> Result<Vec<String>> {
-    let mut simulate = run::command("apt-get", ["-s", "-o", "Dir::State::status=/dev/null"]);
-    simulate.args(["-o", "APT::Install-Recommends=false", "install"]).args(names);
-    let plan = run::output(&mut simulate)?;
-    let mut found: Vec<String> = plan
+    let mut simulate = Command::new("apt-get");
+    simulate.env("LC_ALL", "C").args(["-s", "-o", "Dir::State::status=/dev/null"]);
+    let plan = run(simulate.args(["-o", "APT::Install-Recommends=false", "install"]).args(names))?;
+    let mut found: Vec<String> = String::from_utf8_lossy(&plan)
         .lines()
         .filter_map(|line| {
             let mut words = line.strip_prefix("Inst ")?.split(' ');
@@ -123,12 +136,15 @@ fn resolve(names: &[&str], without: &[String]) -> Result<Vec<String>> {
 fn unpack(packages: &[String], debs: &Path, root: &Path) -> Result<()> {
     fs::create_dir_all(debs)?;
     fs::create_dir_all(root)?;
-    run::output(run::command("apt-get", ["download", "-q"]).args(packages).current_dir(debs))?;
+    // The sandbox user cannot write into our directory; apt only warns, but at length.
+    let mut download = Command::new("apt-get");
+    download.args(["download", "-q", "-o", "APT::Sandbox::User=root"]);
+    run(download.args(packages).current_dir(debs))?;
     let mut files: Vec<PathBuf> =
         fs::read_dir(debs)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
     files.sort();
     for deb in files {
-        run::output(run::command("dpkg-deb", ["-x"]).arg(&deb).arg(root))?;
+        run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(root))?;
         fs::remove_file(&deb)?;
     }
     Ok(())
@@ -165,14 +181,20 @@ struct Layer {
 /// Packs `root` as one gzip layer into `layout`, the same bytes each time.
 fn pack(root: &Path, layout: &Path) -> Result<Layer> {
     let tar = layout.join("layer.tar");
-    let mut pack = run::command("tar", ["--sort=name", "--mtime=@1700000000", "--numeric-owner"]);
+    let mut pack = Command::new("tar");
+    pack.args(["--sort=name", "--mtime=@1700000000", "--numeric-owner"]);
     pack.args(["--owner=0", "--group=0", "--xattrs", "--xattrs-include=*", "--format=posix"]);
     pack.args(["--pax-option=delete=atime,delete=ctime", "-cf"]).arg(&tar).arg("-C").arg(root).arg(".");
-    run::output(&mut pack)?;
+    run(&mut pack)?;
     let diff_id = hash_file(&tar)?;
     let gzip = layout.join("layer.tar.gz");
-    let mut compress = run::command("gzip", ["-n", "-6", "-c"]);
-    let status = compress.stdin(Stdio::null()).arg(&tar).stdout(fs::File::create(&gzip)?).status()?;
+    let mut compress = Command::new("gzip");
+    let status = compress
+        .args(["-n", "-6", "-c"])
+        .stdin(Stdio::null())
+        .arg(&tar)
+        .stdout(fs::File::create(&gzip)?)
+        .status()?;
     anyhow::ensure!(status.success(), "gzip failed: {status}");
     fs::remove_file(&tar)?;
     let digest = hash_file(&gzip)?;
@@ -219,7 +241,7 @@ fn write_layout(layout: &Path, layers: &[Layer]) -> Result<()> {
         "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": descriptors,
     });
     let mut manifest = put(layout, &manifest, media_type)?;
-    manifest["annotations"] = json!({"org.opencontainers.image.ref.name": "latest"});
+    manifest["annotations"] = json!({"org.opencontainers.image.ref.name": TAG});
     fs::write(layout.join("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}).to_string())?;
     let index = json!({"schemaVersion": 2, "manifests": [manifest]});
     fs::write(layout.join("index.json"), index.to_string())?;
