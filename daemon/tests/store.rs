@@ -69,8 +69,61 @@ async fn what_was_recorded_is_ready_after_a_restart() {
     drop(store);
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(recorded(&store), vec![0, 5]);
+    store.claim(&spec(vec![chunk(7, 7 * 4096, 1)])).unwrap();
     write_and_record(&store, &[7]).await;
     assert_eq!(recorded(&store), vec![0, 5, 7]);
+}
+
+#[tokio::test]
+async fn a_recorded_chunk_that_is_a_hole_is_not_ready_until_it_is_written_again() {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let two_blocks = |index: u32, start: u64| {
+        let mut chunk = chunk(index, start, 1);
+        chunk.spec.len = 5000;
+        chunk
+    };
+    let chunks = vec![chunk(0, 0, 1), two_blocks(1, 4096), chunk(3, 3 * 4096, 1), two_blocks(6, 6 * 4096)];
+    store.claim(&spec(chunks)).unwrap();
+    let file = store.open_blob(blob(), SIZE).unwrap();
+    for block in [2, 7] {
+        file.write_all_at(&[1; 4096], block * 4096).unwrap();
+    }
+    write_and_record(&store, &[0, 1, 3, 6]).await;
+    assert_eq!(recorded(&store), vec![0, 1, 3, 6]);
+
+    // All of one chunk, and the second half of another.
+    for block in [3, 7] {
+        fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, block * 4096, 4096).unwrap();
+    }
+    file.sync_all().unwrap();
+    drop(store);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(recorded(&store), vec![0, 1]);
+
+    // Written, not yet on disk: data all the same.
+    write_and_record(&store, &[3]).await;
+    file.write_all_at(&[1; 4096], 7 * 4096).unwrap();
+    assert_eq!(recorded(&store), vec![0, 1, 3, 6]);
+}
+
+#[tokio::test]
+async fn claims_that_cannot_be_read_cost_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let image = spec(vec![chunk(0, 0, 1)]);
+    store.claim(&image).unwrap();
+    write_and_record(&store, &[0]).await;
+    // A directory opens and cannot be read: stands for every error but "there is none".
+    let (claims, aside) = (store.claims_path(blob()), dir.path().join("aside"));
+    std::fs::rename(&claims, &aside).unwrap();
+    std::fs::create_dir(&claims).unwrap();
+    let error = store.claim(&image).unwrap_err().to_string();
+    assert!(error.contains(".chunks"), "{error}");
+    std::fs::remove_dir(&claims).unwrap();
+    std::fs::rename(&aside, &claims).unwrap();
+    assert_eq!(recorded(&store), vec![0]);
 }
 
 #[tokio::test]

@@ -1,8 +1,12 @@
 //! Sparse blob files, and opening their records.
 
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 
 use super::journal::Tracked;
 use super::{Store, StoreError, atomic, claims, ready};
@@ -25,7 +29,7 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn claim(&self, spec: &BlobSpec) -> Result<Claim, StoreError> {
         let path = self.claims_path(spec.id);
-        let Some(old) = claims::load(&path, spec.id) else {
+        let Some(old) = claims::load(&path, spec.id)? else {
             // Without claims what the files hold means nothing.
             self.forget_contents(spec.id)?;
             claims::save(&path, spec)?;
@@ -100,7 +104,8 @@ impl Store {
     }
 
     /// Opens the record of a blob file. `data` is any descriptor of the file; it is kept for syncing.
-    /// A damaged map counts as empty and is made anew.
+    /// A damaged map counts as empty and is made anew. A chunk that the map names counts only when a claim says where it
+    /// lies and no part of it is a hole of the file: a copy or a repair of the file system may have lost blocks.
     ///
     /// # Errors
     /// [`StoreError::Io`] when the map can neither be read nor made.
@@ -118,7 +123,37 @@ impl Store {
             atomic::write(&path, &ready::header(&identity))?;
         }
         let map = open_map(&path)?;
-        Ok(Tracked::new(blob, data, map, loaded.bits))
+        let present = self.present(blob, &data, &loaded.bits)?;
+        let lost = loaded.bits.count() - present.count();
+        if lost > 0 {
+            tracing::warn!(
+                path = %path.display(),
+                "ready map: {lost} chunks that it names are not in the file; they will be fetched again"
+            );
+        }
+        Ok(Tracked::new(blob, data, map, present))
+    }
+
+    /// Those of the recorded chunks that are data in the file, all of them; what is not written back yet is data too.
+    fn present(&self, blob: BlobId, data: &File, recorded: &ReadyBits) -> Result<ReadyBits, StoreError> {
+        if recorded.count() == 0 {
+            return Ok(ReadyBits::new());
+        }
+        let Some(claims) = claims::load(&self.claims_path(blob), blob)? else { return Ok(ReadyBits::new()) };
+        let mut present = ReadyBits::new();
+        // Chunks are in the order of their place, so one pass over the file's extents does.
+        let mut extent = 0..0;
+        for chunk in claims.chunks.iter().filter(|chunk| recorded.contains(chunk.index)) {
+            if chunk.start >= extent.end {
+                extent = next_extent(data, chunk.start).map_err(|error| {
+                    StoreError::io("cannot tell data from holes in", &self.blob_path(blob), error)
+                })?;
+            }
+            if extent.start <= chunk.start && chunk.padded_end() <= extent.end {
+                present.insert(chunk.index);
+            }
+        }
+        Ok(present)
     }
 
     /// The chunks that a file's record calls ready.
@@ -127,6 +162,15 @@ impl Store {
     /// As [`Self::open_record`].
     pub fn ready_of(&self, mode: Mode, blob: BlobId, data: File) -> Result<ReadyBits, StoreError> {
         Ok(self.open_record(mode, blob, data)?.recorded)
+    }
+}
+
+/// The first extent of data that ends after `at`, from `at` on; an empty one far out when there is none.
+fn next_extent(file: &File, at: u64) -> Result<Range<u64>, Errno> {
+    match seek(file, SeekFrom::Data(at)) {
+        Ok(start) => Ok(start..seek(file, SeekFrom::Hole(start))?),
+        Err(Errno::NXIO) => Ok(u64::MAX..u64::MAX),
+        Err(errno) => Err(errno),
     }
 }
 

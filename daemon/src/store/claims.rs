@@ -9,7 +9,7 @@
 //! per chunk (u32 index, u32 length, u64 device offset, u64 stored offset, u32 stored length, u8 codec, u8 digest
 //! algorithm, 2 zero, 32 digest), and the CRC-32C of all that.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 
 use skimmer_fetcher::chunk::{ChunkDigest, ChunkSpec, Codec};
@@ -31,16 +31,24 @@ pub fn save(path: &Path, spec: &BlobSpec) -> Result<(), StoreError> {
 }
 
 /// Reads the claims of `blob`: `None` when there are none, or none that can be believed (which is logged).
-pub fn load(path: &Path, blob: BlobId) -> Option<BlobSpec> {
-    let file = std::fs::File::open(path).ok()?;
+///
+/// # Errors
+/// [`StoreError::Io`] when the system cannot read them: then nothing is known, not even that there are none.
+pub fn load(path: &Path, blob: BlobId) -> Result<Option<BlobSpec>, StoreError> {
+    let read = |error| StoreError::io("cannot read", path, error);
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(read(error)),
+    };
     let mut bytes = Vec::new();
     let limit = u64::from(crate::blob::MAX_CHUNK_INDEX) * 64 + 4096;
-    let read = file.take(limit).read_to_end(&mut bytes);
-    let spec = read.ok().and_then(|_| decode(&bytes, blob));
+    file.take(limit).read_to_end(&mut bytes).map_err(read)?;
+    let spec = decode(&bytes, blob);
     if spec.is_none() {
         tracing::warn!(path = %path.display(), "the record of a blob's chunks is damaged: nothing of the blob counts as ready");
     }
-    spec
+    Ok(spec)
 }
 
 fn encode(spec: &BlobSpec) -> Vec<u8> {
@@ -157,12 +165,12 @@ mod tests {
     fn claims_come_back_whole() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.chunks");
-        assert!(load(&path, spec().id).is_none());
+        assert!(load(&path, spec().id).unwrap().is_none());
         save(&path, &spec()).unwrap();
-        let back = load(&path, spec().id).unwrap();
+        let back = load(&path, spec().id).unwrap().unwrap();
         assert_eq!(back.chunks, spec().chunks);
         assert_eq!((back.device_bytes, back.stored_bytes), (1 << 20, 5000));
-        assert!(load(&path, BlobId::new([6; 32])).is_none());
+        assert!(load(&path, BlobId::new([6; 32])).unwrap().is_none());
     }
 
     #[test]

@@ -110,7 +110,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(StoreError::io("cannot open", &path, error)),
         };
-        let Some(claims) = claims::load(&self.claims_path(blob), blob) else {
+        let Some(claims) = claims::load(&self.claims_path(blob), blob)? else {
             drop(file);
             return self.remove_cache_file(&blob.hex());
         };
