@@ -5,12 +5,12 @@
 use kernel_tests::machine::Machine;
 use kernel_tests::scenario::{PACKAGES, Stage, play};
 use kernel_tests::skimmer::{Node, programs};
-use kernel_tests::skips::{not_root, skip};
+use kernel_tests::skips::{no_precontent_events, not_root, skip};
 use skimmer_vm_images::apt;
 
 #[test]
 fn an_image_lives_on_fanotify() {
-    if let Some(why) = not_root().or_else(unable) {
+    if let Some(why) = not_root().or_else(no_precontent_events) {
         return skip("an_image_lives_on_fanotify", &why);
     }
     apt::ensure(&PACKAGES).unwrap();
@@ -27,20 +27,4 @@ fn an_image_lives_on_fanotify() {
     if let Err(error) = play(&mut stage, &mut node, &mounts, "fanotify") {
         panic!("{error:#}\n{}", node.log());
     }
-}
-
-/// Why this kernel has no pre-content events on file-backed EROFS mounts. What it reports of itself decides, not our
-/// own probe: a broken probe must fail the test, not skip it.
-fn unable() -> Option<String> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version < (6, 15) {
-        return Some(format!("Linux {release} has no pre-content events for EROFS; 6.15 has"));
-    }
-    // Loads the module where there is one.
-    let _ = std::process::Command::new("modprobe").arg("erofs").stderr(std::process::Stdio::null()).status();
-    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    let erofs = known.lines().any(|line| line.split_whitespace().last() == Some("erofs"));
-    (!erofs).then(|| format!("Linux {release} has no EROFS"))
 }
