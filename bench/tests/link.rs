@@ -10,13 +10,7 @@ use skimmer_bench::link::{Link, Shape};
 #[test]
 fn carries_bytes_at_the_rate_and_delay_it_states() {
     if !rustix::process::geteuid().is_root() || !std::path::Path::new("/dev/net/tun").exists() {
-        let reason = "bench::link: needs root and /dev/net/tun";
-        eprintln!("SKIPPED: {reason}");
-        if let Some(list) = std::env::var_os("SKIMMER_SKIPS") {
-            let mut file = std::fs::OpenOptions::new().append(true).create(true).open(list).unwrap();
-            writeln!(file, "{reason}").unwrap();
-        }
-        return;
+        return skimmer_test_support::skip_this("needs root and /dev/net/tun");
     }
     let namespace = format!("skimmer-link-{}", std::process::id());
     let shape = Shape { bits_per_second: 80_000_000, delay: Duration::from_millis(5), loss_per_mille: 0 };

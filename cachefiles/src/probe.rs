@@ -141,7 +141,7 @@ mod tests {
                 assert!(!error.to_string().is_empty())
             }
             Err(ProbeError::Io { what, source }) if source.kind() == io::ErrorKind::PermissionDenied => {
-                eprintln!("SKIPPED: {what} needs root: {source}");
+                skimmer_test_support::skip_this(&format!("{what} needs root: {source}"));
             }
             Err(error) => panic!("{error}"),
         }

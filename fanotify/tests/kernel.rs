@@ -5,6 +5,7 @@
 use skimmer_fanotify::{
     AnswerError, DenyErrno, EventAccess, EventBuffer, Group, GroupError, Notification, PreAccess, Unsupported,
 };
+use skimmer_test_support::{scratch_dir, skip_this};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
@@ -26,11 +27,12 @@ struct Bench {
 }
 
 impl Bench {
-    /// A marked sparse file, or `None` (said on stderr) where this cannot be had.
+    /// A marked sparse file, or `None` where this cannot be had: the test is then counted as skipped.
+    #[track_caller]
     fn new() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch_dir();
         if let Err(why) = skimmer_fanotify::probe(dir.path()) {
-            eprintln!("SKIPPED: {why}");
+            skip_this(&why.to_string());
             return None;
         }
         let path = dir.path().join("blob");
@@ -194,12 +196,11 @@ fn a_killed_accessor_leaves_a_harmless_token() {
 fn a_file_system_that_has_not_opted_in_is_named() {
     let shm = Path::new("/dev/shm");
     if !rustix::fs::statfs(shm).is_ok_and(|stat| stat.f_type == 0x0102_1994) {
-        eprintln!("SKIPPED: no tmpfs at /dev/shm");
-        return;
+        return skip_this("no tmpfs at /dev/shm");
     }
     match skimmer_fanotify::probe(shm).unwrap_err() {
         Unsupported::Refused { source: GroupError::FileSystem(_), .. } => {}
-        Unsupported::Refused { source, .. } => eprintln!("SKIPPED: {source}"),
+        Unsupported::Refused { source, .. } => skip_this(&source.to_string()),
         other => panic!("{other}"),
     }
 }
@@ -212,7 +213,7 @@ fn a_missing_directory_is_named() {
 
 #[test]
 fn the_probe_leaves_nothing_behind() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch_dir();
     let _ = skimmer_fanotify::probe(dir.path());
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
