@@ -126,6 +126,20 @@ impl FakeKernel {
         self.send(object_id, Body::Read { offset, len })
     }
 
+    /// Sends a READ that waits once more, as after a `restore`: under its old msg_id, and under the id that its object
+    /// has by now.
+    ///
+    /// # Errors
+    /// Of the socket.
+    pub fn read_again(&self, msg_id: u32, object_id: u32, offset: u64, len: u64) -> io::Result<()> {
+        {
+            let mut state = lock(&self.state);
+            state.waiting.retain(|(waiting, _)| *waiting != msg_id);
+            state.waiting.push((msg_id, object_id));
+        }
+        self.deliver(msg_id, object_id, Body::Read { offset, len })
+    }
+
     /// Sends a CLOSE.
     ///
     /// # Errors
@@ -145,10 +159,13 @@ impl FakeKernel {
             }
             msg_id
         };
-        let bytes =
-            Message { msg_id, object_id, body }.encode().map_err(|fault: Fault| io::Error::other(fault))?;
-        self.send_raw(&bytes)?;
+        self.deliver(msg_id, object_id, body)?;
         Ok(msg_id)
+    }
+
+    fn deliver(&self, msg_id: u32, object_id: u32, body: Body) -> io::Result<()> {
+        let message = Message { msg_id, object_id, body };
+        self.send_raw(&message.encode().map_err(|fault: Fault| io::Error::other(fault))?)
     }
 
     /// Sends any bytes as one message.
