@@ -1,5 +1,5 @@
 //! The fanotify path on the running kernel: a keeper in a process of its own, sparse files it has marked, and readers
-//! whose every byte is compared. Needs root, Linux 6.14 and a temporary directory on ext4, XFS or btrfs.
+//! whose every byte is compared. Needs root, Linux 6.14 and a target directory on ext4, XFS or btrfs.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -22,6 +22,8 @@ use skimmer_daemon::driver::{DriverConfig, DriverError};
 use skimmer_daemon::frontend::{CookieRole, Frontends, FscacheSetup, Mode};
 use skimmer_fetcher::source::Source;
 use skimmer_keeper::client::Keeper;
+use skimmer_test_support::{scratch_dir, skip_this};
+use tempfile::TempDir;
 
 /// Set in the environment of a process that is to be a keeper: the socket to listen on.
 const KEEPER: &str = "SKIMMER_TEST_KEEPER";
@@ -104,25 +106,29 @@ const GOOD_DAEMON: &str = "SKIMMER_TEST_GOOD_DAEMON";
 struct Machine {
     keeper: Part,
     socket: PathBuf,
-    dir: tempfile::TempDir,
+    dir: TempDir,
+    /// Apart, and short: a socket's path has at most 107 bytes.
+    _sockets: TempDir,
 }
 
 impl Machine {
-    /// `None`, said aloud, where the kernel cannot do it.
+    /// `None` where the kernel cannot do it: the test is then counted as skipped.
+    #[track_caller]
     fn new() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        if let Err(error) = skimmer_fanotify::probe(dir.path()) {
-            eprintln!("SKIPPED: no pre-content events in {}: {error}", dir.path().display());
+        let dir = scratch_dir();
+        if let Err(why) = skimmer_fanotify::probe(dir.path()) {
+            skip_this(&why.to_string());
             return None;
         }
-        let socket = dir.path().join("keeper.sock");
+        let sockets = tempfile::tempdir().unwrap();
+        let socket = sockets.path().join("keeper.sock");
         let keeper = Part::start("part_keeper", KEEPER, socket.to_str().unwrap());
         let start = Instant::now();
         while !socket.exists() {
             assert!(start.elapsed() < PATIENCE, "the keeper does not listen");
             std::thread::sleep(Duration::from_millis(2));
         }
-        Some(Self { keeper, socket, dir })
+        Some(Self { keeper, socket, dir, _sockets: sockets })
     }
 
     fn rig(&self, config: DriverConfig) -> Rig {
@@ -573,12 +579,38 @@ fn without_a_keeper_nothing_can_be_watched() {
 }
 
 #[test]
-fn a_dead_keeper_is_told() {
+fn a_dead_keeper_ends_the_driver() {
     let Some(machine) = Machine::new() else { return };
+    let made = blob(45, 5, 60_000);
     let rig = machine.rig(hasty());
-    let Machine { keeper, .. } = machine;
+    let source = Memory::new("memory", &made);
+    source.always(Some(Fault::Hangs));
+    rig.add(&made, ReadyBits::new(), vec![source.clone()]);
+    // A read over fscache waits meanwhile.
+    let (kernel, device) = FakeKernel::new().unwrap();
+    let setup =
+        FscacheSetup { dir: machine.dir.path().to_owned(), tag: "skimmer".to_owned(), device: Some(device) };
+    rig.wait(rig.handle.bind_fscache(setup)).unwrap();
+    rig.wait(rig.handle.expect_cookie("erofs,skimmer", "cookie", CookieRole::Blob(made.id()))).unwrap();
+    let cache = machine.dir.path().join("cache-file");
+    File::create(&cache).unwrap().set_len(made.spec.device_bytes).unwrap();
+    kernel.open(1, "erofs,skimmer", "cookie", File::options().write(true).open(&cache).unwrap()).unwrap();
+    let msg_id = kernel.read(1, 0, 4096).unwrap();
+    rig.until("asked", || source.requests() > 0);
+    let (path, writer) = machine.file(&made);
+    rig.wait(rig.handle.watch(made.id(), writer.into())).unwrap();
+
+    let Machine { keeper, dir, .. } = machine;
+    let handle = rig.handle.clone();
     keeper.kill();
-    rig.until("told", || rig.sink.faults().iter().any(|message| message.contains("unmount")));
-    assert!(!rig.wait(rig.handle.status()).unwrap().fanotify);
-    rig.stop();
+    let (error, sink) = rig.ended();
+    let DriverError::KeeperLost(_) = &error else { panic!("{error:?}") };
+    let text = error.to_string();
+    assert!(text.contains("skimmer-keeper") && text.contains("start skimmerd again"), "{text}");
+    assert!(sink.faults().iter().any(|message| message.contains(&text)), "{:?}", sink.faults());
+    // Left to the next daemon, neither completed nor failed.
+    assert_eq!(kernel.waiting(), [(msg_id, 1)]);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    assert!(matches!(runtime.block_on(handle.status()), Err(DriverError::Stopped)));
+    drop((path, dir));
 }

@@ -336,6 +336,7 @@ fn odd_messages_are_survived() {
         cache.kernel.send_raw(&message).unwrap();
     }
     let _unknown = cache.kernel.read(4711, 0, 4096).unwrap();
+    assert_eq!(cache.reply(), Reply::Command("restore".to_owned()));
     cache.kernel.close(4712).unwrap();
     let path = cache.file(&made);
     cache.open(1, &made, &path);
@@ -346,6 +347,95 @@ fn odd_messages_are_survived() {
     assert_eq!(cache.reply(), Reply::ReadComplete { msg_id, object_id: 1 });
     assert!(cache.rig.metric(r#"skimmer_kernel_requests_total{mode="fscache",kind="bad"}"#) >= 9.0);
     cache.stop();
+}
+
+/// An earlier daemon was killed, and the kernel closes its descriptors only after this one has taken over.
+#[test]
+fn a_read_under_an_old_object_is_asked_for_again_until_it_can_be_served() {
+    let restore = Reply::Command("restore".to_owned());
+    let (made, slow) = (blob(20, 20, 60_000), blob(21, 4, 60_000));
+    let cache = Cache::new();
+    cache.rig.add(&made, ReadyBits::new(), vec![Memory::new("memory", &made)]);
+    cache.expect(&made);
+    let path = cache.file(&made);
+    // Another read is being served all the while.
+    let hanging = Memory::new("hanging", &slow);
+    hanging.then([Some(Fault::Hangs)]);
+    cache.rig.add(&slow, ReadyBits::new(), vec![hanging.clone()]);
+    cache.expect(&slow);
+    let slow_path = cache.file(&slow);
+    cache.open(30, &slow, &slow_path);
+    let held = cache.kernel.read(30, 0, 4096).unwrap();
+    cache.rig.until("asked", || hanging.requests() == 1);
+
+    let lost = cache.kernel.read(7, 8192, 12288).unwrap();
+    for _ in 0..3 {
+        assert_eq!(cache.reply(), restore);
+        // Everything that waits comes again; the old descriptor is still there.
+        cache.kernel.read_again(held, 30, 0, 4096).unwrap();
+        cache.kernel.read_again(lost, 7, 8192, 12288).unwrap();
+    }
+    assert_eq!(cache.reply(), restore);
+    cache.kernel.read_again(held, 30, 0, 4096).unwrap();
+    // Now it is gone: the object is opened anew, then the read comes under its own number.
+    cache.open(8, &made, &path);
+    cache.kernel.read_again(lost, 8, 8192, 12288).unwrap();
+    assert_eq!(cache.reply(), Reply::ReadComplete { msg_id: lost, object_id: 8 });
+    let mut found = vec![0xaa; 12288];
+    File::open(&path).unwrap().read_exact_at(&mut found, 8192).unwrap();
+    assert_eq!(found, made.device[8192..20480]);
+
+    // What came more than once is one read, told once.
+    let status = cache.rig.wait(cache.rig.handle.status()).unwrap();
+    assert_eq!(status.pending_reads, 1);
+    assert_eq!(hanging.requests(), 1);
+    let told = cache.rig.sink.faults();
+    assert_eq!(told.iter().filter(|message| message.contains("object 7")).count(), 1, "{told:?}");
+    // A reader that was killed: its number comes back with another read, and only that one is answered.
+    let offset = slow.spec.chunks.last().unwrap().start;
+    cache.kernel.read_again(held, 30, offset, 4096).unwrap();
+    assert_eq!(cache.reply(), Reply::ReadComplete { msg_id: held, object_id: 30 });
+    let mut found = vec![0xaa; 4096];
+    File::open(&slow_path).unwrap().read_exact_at(&mut found, offset).unwrap();
+    assert_eq!(found, slow.device[bytes(offset..offset + 4096)]);
+    assert_eq!(cache.rig.wait(cache.rig.handle.status()).unwrap().pending_reads, 0);
+    assert_eq!(cache.rig.metric(r#"skimmer_reads_total{mode="fscache",result="failed"}"#), 0.0);
+    // The kernel was asked as often as it had to be.
+    assert_eq!(cache.kernel.next_reply(Duration::from_millis(300)).unwrap(), None);
+    cache.stop();
+}
+
+/// Reads of the device fail for a while, as they do for want of descriptors, and then go on.
+#[test]
+fn a_device_that_cannot_be_read_is_read_again() {
+    use std::net::UdpSocket;
+
+    struct Nothing;
+    impl skimmer_cachefiles::device::CompleteRead for Nothing {
+        fn complete(&self, _: std::os::fd::BorrowedFd<'_>, _: u32) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    // Nobody listens on the other side, so that each command makes one read fail.
+    let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (device, address) = (UdpSocket::bind("127.0.0.1:0").unwrap(), other.local_addr().unwrap());
+    device.connect(address).unwrap();
+    device.set_nonblocking(true).unwrap();
+    let own = device.local_addr().unwrap();
+    drop(other);
+    let rig = Rig::start(hasty(), Frontends::default());
+    let device = skimmer_cachefiles::Device::with_completion(device.into(), Box::new(Nothing));
+    let dir = tempfile::tempdir().unwrap();
+    let setup = FscacheSetup { dir: dir.path().to_owned(), tag: "skimmer".to_owned(), device: Some(device) };
+    rig.wait(rig.handle.bind_fscache(setup)).unwrap();
+    rig.until("told", || rig.sink.faults().iter().any(|message| message.contains("trying again")));
+    let other = UdpSocket::bind(address).unwrap();
+    rig.until("heard again", || {
+        other.send_to(b"no message", own).unwrap();
+        rig.metric(r#"skimmer_kernel_requests_total{mode="fscache",kind="bad"}"#) > 0.0
+    });
+    rig.stop();
 }
 
 #[test]

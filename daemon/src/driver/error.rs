@@ -50,6 +50,11 @@ pub enum DriverError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// The keeper ended or cannot be talked to.
+    #[error(
+        "the keeper (skimmer-keeper) is lost: {0}; start skimmerd again: it connects to the keeper or starts another. Reads of incomplete blobs may have seen zeros since then, so unmount images in fanotify or fscache mode and mount them again"
+    )]
+    KeeperLost(String),
     /// A setting that cannot work.
     #[error("{0}")]
     Config(String),

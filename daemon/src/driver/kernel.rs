@@ -7,12 +7,12 @@ use skimmer_engine::{Input, ObjectId, ReadError, ReadId, WriteFailure};
 use skimmer_keeper::client::KeeperError;
 use skimmer_keeper::protocol::{Errno, EventId, FileId};
 
+use super::device::answer_message;
 use super::objects::{FileKey, engine_view};
-use super::{DEVICE, Driver, KEEPER, KEEPER_ROOM};
+use super::{Driver, DriverError, KEEPER, KEEPER_ROOM};
 use crate::blob::{BlobId, ReadyBits};
+use crate::frontend::Mode;
 use crate::frontend::fanotify::Told;
-use crate::frontend::fscache::{CookieKey, Heard};
-use crate::frontend::{CookieRole, Mode};
 use crate::metrics::{ReadResult, RequestKind};
 use crate::ring::For;
 
@@ -57,7 +57,7 @@ impl Driver {
                 Ok(None) => {
                     let socket = fanotify.socket().clone();
                     if let Err(error) = self.ring.poll(socket, For::Reading, KEEPER) {
-                        self.fault(None, &format!("the keeper's socket can no longer be polled: {error}"));
+                        self.fail(DriverError::system("polling the keeper's socket", error));
                     }
                     return;
                 }
@@ -74,7 +74,7 @@ impl Driver {
         }
         match self.ring.poll(fanotify.socket().clone(), For::Writing, KEEPER_ROOM) {
             Ok(()) => self.room_polled = true,
-            Err(error) => self.fault(None, &format!("the keeper's socket can no longer be polled: {error}")),
+            Err(error) => self.fail(DriverError::system("polling the keeper's socket for room", error)),
         }
     }
 
@@ -87,13 +87,11 @@ impl Driver {
         }
     }
 
-    /// Without the keeper nothing can be watched or answered any more.
+    /// Without the keeper nothing can be watched or answered any more, and misses would hang or read zeros: the
+    /// driver ends, so that the daemon is started anew with another keeper.
     pub(super) fn keeper_lost(&mut self, error: &KeeperError) {
-        self.fanotify = None;
-        self.parked.clear();
         self.waiting.fail_keeper(error);
-        let remedy = "reads of incomplete blobs are not safe now: unmount the images in fanotify mode, then restart skimmerd";
-        self.fault(None, &format!("{error}; {remedy}"));
+        self.fail(DriverError::KeeperLost(error.to_string()));
     }
 
     /// Routes one access: to its object, or to where it waits for its blob to become known.
@@ -123,10 +121,17 @@ impl Driver {
             return self.answer_event(event, Err(Errno::from(rustix::io::Errno::PERM)));
         }
         let len = count.min(size - offset);
-        self.read(object, Ticket::Event(event), offset, len, since);
+        let _ = self.read(object, Ticket::Event(event), offset, len, since);
     }
 
-    fn read(&mut self, object: ObjectId, ticket: Ticket, offset: u64, len: u64, since: Instant) {
+    pub(super) fn read(
+        &mut self,
+        object: ObjectId,
+        ticket: Ticket,
+        offset: u64,
+        len: u64,
+        since: Instant,
+    ) -> ReadId {
         let read = ReadId(self.next_read);
         self.next_read += 1;
         if let Some(object) = self.objects.get_mut(object) {
@@ -136,6 +141,7 @@ impl Driver {
         }
         self.reads.insert(read, Read { object, ticket, offset, len, since, turn: self.turn });
         self.input(Input::Read { read, object, offset, len });
+        read
     }
 
     /// Gives parked accesses to their blobs, and denies those that waited too long.
@@ -155,11 +161,24 @@ impl Driver {
     }
 
     pub(super) fn complete(&mut self, read: ReadId, result: Result<(), ReadError>) {
-        let Some(read) = self.reads.remove(&read) else {
-            tracing::error!(read = read.0, "the engine completes a read that does not wait");
+        let id = read;
+        let Some(read) = self.reads.remove(&id) else {
+            tracing::error!(read = id.0, "the engine completes a read that does not wait");
             return;
         };
         let Read { object, ticket, offset, len, since, turn } = read;
+        let ticket = match ticket {
+            Ticket::Message(token) => {
+                self.device.done(token.msg_id(), id);
+                if result == Err(ReadError::Cancelled) {
+                    // The kernel has given its number to another request.
+                    token.leave_pending();
+                    return self.read_ended(object);
+                }
+                Ticket::Message(token)
+            }
+            event => event,
+        };
         let took = since.elapsed();
         let mode = match ticket {
             Ticket::Event(_) => Mode::Fanotify,
@@ -172,11 +191,8 @@ impl Driver {
             Ok(()) => ReadResult::miss,
         };
         self.metrics.read_done(mode, outcome, took);
-        let mut blob = None;
-        if let Some(object) = self.objects.get_mut(object) {
-            object.reads -= 1;
-            blob = Some(object.blob);
-        }
+        self.read_ended(object);
+        let blob = self.objects.get(object).map(|object| object.blob);
         if let Err(error) = &result {
             let last = self.objects.get(object).and_then(|object| object.last_error.as_deref());
             let last = last.map_or_else(String::new, |last| format!("; last: {last}"));
@@ -187,6 +203,23 @@ impl Driver {
             Ticket::Event(event) => self.answer_event(event, result.map_err(deny_errno)),
             Ticket::Message(token) => answer_message(token, result),
         }
+    }
+
+    fn read_ended(&mut self, object: ObjectId) {
+        if let Some(object) = self.objects.get_mut(object) {
+            object.reads -= 1;
+        }
+    }
+
+    /// Whether a message that came under the number of a read that waits is that read, delivered once more.
+    pub(super) fn is_same(&self, read: ReadId, token: &ReadToken) -> bool {
+        self.reads.get(&read).is_some_and(|read| match &read.ticket {
+            Ticket::Message(known) => {
+                let of = |token: &ReadToken| (token.object(), token.offset(), token.len());
+                of(known) == of(token)
+            }
+            Ticket::Event(_) => false,
+        })
     }
 
     fn answer_event(&mut self, event: EventId, result: Result<(), Errno>) {
@@ -204,90 +237,6 @@ impl Driver {
             }
         }
         self.parked.clear();
-    }
-
-    pub(super) fn hear_device(&mut self) {
-        while !self.stopping
-            && let Some(fscache) = &mut self.fscache
-        {
-            let (blobs, cookies) = (&self.blobs, &self.cookies);
-            let lookup = |key: &CookieKey| match cookies.get(key) {
-                None => Err("no mount of ours names it".to_owned()),
-                Some(role @ CookieRole::Bootstrap { size, .. }) => Ok((role.clone(), *size)),
-                Some(role @ CookieRole::Blob(blob)) => match blobs.get(blob) {
-                    Some(known) => Ok((role.clone(), known.spec.device_bytes)),
-                    None => Err(format!("blob {blob} is not known")),
-                },
-            };
-            match fscache.next(&mut self.ring, lookup) {
-                Ok(Some(heard)) => self.heard(heard),
-                Ok(None) => {
-                    let device = fscache.device().clone();
-                    if let Err(error) = self.ring.poll(device, For::Reading, DEVICE) {
-                        self.fault(None, &format!("/dev/cachefiles can no longer be polled: {error}"));
-                    }
-                    return;
-                }
-                Err(error) => {
-                    // The requests that wait are answered as they are; new ones cannot be read.
-                    self.fault(None, &format!("{error}; mounts over fscache have failed, unmount them"));
-                    return;
-                }
-            }
-        }
-    }
-
-    fn heard(&mut self, heard: Heard) {
-        match heard {
-            Heard::Opened { key, blob, first } => {
-                self.metrics.request(Mode::Fscache, RequestKind::open);
-                if let Some(blob) = blob {
-                    self.opened(key, blob, first);
-                }
-            }
-            Heard::Rejected { message } => {
-                self.metrics.request(Mode::Fscache, RequestKind::open);
-                self.fault(None, &message);
-            }
-            Heard::Closed { key, last } => {
-                self.metrics.request(Mode::Fscache, RequestKind::close);
-                if last {
-                    self.forget_object(&FileKey::Fscache(key));
-                }
-            }
-            Heard::Read { key, token } => {
-                self.metrics.request(Mode::Fscache, RequestKind::read);
-                let (offset, len) = (token.offset(), token.len());
-                match self.objects.find(&FileKey::Fscache(key)) {
-                    Some(object) => self.read(object, Ticket::Message(token), offset, len, Instant::now()),
-                    None => answer_message(token, Err(ReadError::UnknownObject)),
-                }
-            }
-            Heard::BootstrapRead { len } => {
-                self.metrics.request(Mode::Fscache, RequestKind::read);
-                self.metrics.asked_bytes.get_or_create(&Mode::Fscache.into()).inc_by(len);
-            }
-            Heard::Bad { message } => {
-                self.metrics.request(Mode::Fscache, RequestKind::bad);
-                self.fault(None, &message);
-            }
-        }
-    }
-
-    /// An fscache object is open: finds out what its cache file holds, unless an open one of the same file told.
-    fn opened(&mut self, key: CookieKey, blob: BlobId, first: bool) {
-        let name = FileKey::Fscache(key.clone());
-        if !first && self.objects.find(&name).is_some() {
-            return;
-        }
-        self.forget_object(&name);
-        let (Some(fscache), Some(known)) = (&self.fscache, self.blobs.get(&blob)) else { return };
-        let ready = fscache.present(&key, &known.spec).unwrap_or_else(|error| {
-            let what = format!("what its cache file holds cannot be found out ({error}); it is filled anew");
-            self.fault(Some(blob), &what);
-            ReadyBits::new()
-        });
-        self.make_object(name, blob, ready);
     }
 
     pub(super) fn make_object(&mut self, key: FileKey, blob: BlobId, ready: ReadyBits) {
@@ -315,15 +264,5 @@ fn deny_errno(error: ReadError) -> Errno {
     match error {
         ReadError::Write(WriteFailure::NoSpace) => Errno::from(rustix::io::Errno::NOSPC),
         _ => Errno::IO,
-    }
-}
-
-fn answer_message(token: ReadToken, result: Result<(), ReadError>) {
-    let answered = match result {
-        Ok(()) => token.complete(),
-        Err(_) => token.fail(),
-    };
-    if let Err(error) = answered {
-        tracing::debug!(%error, "an answer to fscache came to nothing");
     }
 }

@@ -3,6 +3,7 @@
 
 mod commands;
 mod config;
+mod device;
 mod error;
 mod flights;
 mod handle;
@@ -22,6 +23,7 @@ pub use error::DriverError;
 pub use handle::Handle;
 
 use self::commands::Waiting;
+use self::device::DeviceCare;
 use self::flights::{Flight, Planned, UnderWay};
 use self::handle::Command;
 use self::kernel::{Parked, Read};
@@ -59,6 +61,7 @@ pub struct Driver {
     commands: mpsc::Receiver<Command>,
     fanotify: Option<Fanotify>,
     fscache: Option<Fscache>,
+    device: DeviceCare,
     runtime: tokio::runtime::Handle,
     sink: Box<dyn ReadySink>,
     metrics: Metrics,
@@ -83,6 +86,8 @@ pub struct Driver {
     next_read: u64,
     /// Set by a shutdown: nothing new is begun.
     stopping: bool,
+    /// What keeps the driver from going on; it ends with this.
+    failed: Option<DriverError>,
 }
 
 impl Driver {
@@ -174,6 +179,7 @@ impl Driver {
             commands,
             fanotify,
             fscache: None,
+            device: DeviceCare::default(),
             runtime,
             sink,
             metrics,
@@ -191,6 +197,7 @@ impl Driver {
             room_polled: false,
             next_read: 0,
             stopping: false,
+            failed: None,
         })
     }
 
@@ -204,18 +211,22 @@ impl Driver {
         result
     }
 
-    /// Until a shutdown is asked for and no write is under way any more.
+    /// Until a shutdown is asked for and no write is under way any more, or something fails that a restart heals.
     fn serve(&mut self) -> Result<(), DriverError> {
         loop {
             self.turn += 1;
             self.take_commands();
             self.take_fetched();
             self.serve_parked();
+            self.tend_device();
             self.input(Input::Tick);
             self.do_outputs();
             self.start_planned();
             self.settle();
             self.await_room();
+            if let Some(error) = self.failed.take() {
+                return Err(error);
+            }
             if self.stopping && self.ring.writes() == 0 {
                 return Ok(());
             }
@@ -290,7 +301,13 @@ impl Driver {
             // One more millisecond, so that it is over when the wait is.
             left.saturating_add(Duration::from_millis(1))
         });
-        engine.into_iter().chain(parked).min()
+        let device = self.device.due().map(|due| due.saturating_duration_since(Instant::now()));
+        engine.into_iter().chain(parked).chain(device).min()
+    }
+
+    /// Ends the driver with this error, at the end of the turn. The first one counts.
+    fn fail(&mut self, error: DriverError) {
+        self.failed.get_or_insert(error);
     }
 
     fn fault(&self, blob: Option<BlobId>, message: &str) {

@@ -1,12 +1,12 @@
 //! EROFS over fscache: requests on `/dev/cachefiles`, data into cache files through the objects' anonymous descriptors.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use skimmer_cachefiles::{BindOptions, Device, DeviceError, Object, ObjectId, OpenToken, ReadToken, Request};
@@ -37,6 +37,11 @@ pub(crate) enum Heard {
     Read { key: CookieKey, token: ReadToken },
     /// A range of a bootstrap is missing; it is being filled.
     BootstrapRead { len: u64 },
+    /// That read again; it is being filled already.
+    Repeated,
+    /// A READ under an object that is not open here. The kernel asks again after [`Fscache::restore`], once it has
+    /// opened the object anew.
+    Lost { msg_id: u32, message: String },
     /// A request that made no sense, or an answer that did not arrive.
     Bad { message: String },
 }
@@ -56,6 +61,13 @@ pub(crate) struct Fscache {
     runtime: tokio::runtime::Handle,
     objects: HashMap<ObjectId, Open>,
     files: HashMap<CookieKey, Vec<ObjectId>>,
+    /// READs of bootstraps that are being filled, by message.
+    filling: Arc<Mutex<HashSet<u32>>>,
+}
+
+fn lock(filling: &Mutex<HashSet<u32>>) -> MutexGuard<'_, HashSet<u32>> {
+    // A set of numbers has no state that a panic elsewhere could have left half done.
+    filling.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Fscache {
@@ -69,7 +81,19 @@ impl Fscache {
         let taken_over = device.restore_or_bind(&options)?;
         tracing::info!(dir = %setup.dir.display(), taken_over, "cachefiles is bound");
         let poll = device.as_fd().try_clone_to_owned().map_err(DeviceError::Read)?;
-        Ok(Self { device, poll: Arc::new(poll), runtime, objects: HashMap::new(), files: HashMap::new() })
+        Ok(Self {
+            device,
+            poll: Arc::new(poll),
+            runtime,
+            objects: HashMap::new(),
+            files: HashMap::new(),
+            filling: Arc::default(),
+        })
+    }
+
+    /// Has the kernel deliver every unanswered request again, those that are being served included.
+    pub(crate) fn restore(&self) -> Result<(), DeviceError> {
+        self.device.restore()
     }
 
     /// What the ring polls.
@@ -85,7 +109,7 @@ impl Fscache {
 
     /// The next request; `None` when nothing waits. `lookup` gives the role and size of a cookie, or why it is refused.
     ///
-    /// An error means that the device is of no use any more.
+    /// An error means that reading the device failed.
     pub(crate) fn next(
         &mut self,
         ring: &mut Ring,
@@ -97,6 +121,9 @@ impl Fscache {
             Ok(Some(Request::Read(token))) => Ok(Some(self.read(token))),
             Ok(Some(Request::Close { object })) => Ok(Some(self.close(object))),
             Err(error @ DeviceError::Read(_)) => Err(error),
+            Err(error @ DeviceError::UnknownObject { msg_id, .. }) => {
+                Ok(Some(Heard::Lost { msg_id, message: error.to_string() }))
+            }
             Err(error) => Ok(Some(Heard::Bad { message: error.to_string() })),
         }
     }
@@ -143,21 +170,31 @@ impl Fscache {
 
     fn read(&self, token: ReadToken) -> Heard {
         let Some(open) = self.objects.get(&token.object()) else {
-            // The device knows every object that is open here; this cannot be reached in good order.
-            let message = format!("a READ of object {}, which is not open here", token.object());
-            return Heard::Bad { message };
+            // Its CLOSE was heard, and a write that is under way still holds its descriptor.
+            let message = format!("a READ of object {}, which is closed here", token.object());
+            let msg_id = token.msg_id();
+            token.leave_pending();
+            return Heard::Lost { msg_id, message };
         };
         match &open.role {
             CookieRole::Blob(_) => Heard::Read { key: open.key.clone(), token },
             CookieRole::Bootstrap { size, path } => {
                 let (size, path, object) = (*size, path.clone(), Arc::clone(&open.object));
-                let len = token.len();
+                let (len, msg_id) = (token.len(), token.msg_id());
+                if !lock(&self.filling).insert(msg_id) {
+                    token.leave_pending();
+                    return Heard::Repeated;
+                }
+                let filling = Arc::clone(&self.filling);
                 tracing::warn!(
                     path = %path.display(), offset = token.offset(), len,
                     "the cache file of a bootstrap has a hole; filling it"
                 );
                 self.runtime.spawn_blocking(move || {
                     let filled = copy_bootstrap(&path, size, &object, token.offset(), len);
+                    // Held over the answer: the kernel may use the number again at once.
+                    let mut filling = lock(&filling);
+                    filling.remove(&msg_id);
                     let answered = match filled {
                         Ok(()) => token.complete(),
                         Err(error) => {

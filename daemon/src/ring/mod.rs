@@ -111,6 +111,8 @@ pub struct Ring {
     backlog: VecDeque<Op>,
     most_writes: usize,
     closing: bool,
+    /// Why the ring's thread can no longer be woken.
+    deaf: Option<io::Error>,
 }
 
 impl Ring {
@@ -131,7 +133,7 @@ impl Ring {
         arena.wake_on_return(waker.clone());
         let most_writes = usize::try_from(entries).unwrap_or(usize::MAX).max(1);
         let (queued, backlog) = (VecDeque::new(), VecDeque::new());
-        let mut ring = Self { uring, waker, slots, queued, backlog, most_writes, closing: false };
+        let mut ring = Self { uring, waker, slots, queued, backlog, most_writes, closing: false, deaf: None };
         ring.arm_waker()?;
         Ok((ring, arena))
     }
@@ -213,8 +215,12 @@ impl Ring {
         self.uring.writes() + self.backlog.len()
     }
 
-    /// Gives new operations to the kernel and waits for an event, at most `timeout`.
+    /// Gives new operations to the kernel and waits for an event, at most `timeout`. An error means that the ring is
+    /// of no use any more but to be closed.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        if let Some(error) = self.deaf.take() {
+            return Err(error);
+        }
         self.sweep();
         let timeout = if self.queued.is_empty() { timeout } else { Some(Duration::ZERO) };
         self.uring.wait(timeout)
@@ -238,7 +244,7 @@ impl Ring {
                     if !self.closing
                         && let Err(error) = self.arm_waker()
                     {
-                        tracing::error!(%error, "the driver can no longer be woken");
+                        self.deaf = Some(error);
                     }
                     return Some(Event::Woken);
                 }

@@ -341,6 +341,13 @@ impl Rig {
         }
     }
 
+    /// Waits for the driver to end by itself; why it did, and what it told.
+    pub fn ended(mut self) -> (DriverError, Sink) {
+        self.until("ended", || self.thread.as_ref().is_none_or(JoinHandle::is_finished));
+        let result = self.thread.take().unwrap().join().unwrap();
+        (result.expect_err("nobody asked the driver to end"), self.sink.clone())
+    }
+
     pub fn stop(mut self) -> Sink {
         self.wait(self.handle.shutdown()).unwrap();
         self.thread.take().unwrap().join().unwrap().unwrap();
