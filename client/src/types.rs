@@ -122,6 +122,9 @@ pub struct Mount {
     pub blobs: Vec<String>,
     /// Seconds since the epoch when it was mounted.
     pub mounted_at: u64,
+    /// Why the daemon cannot serve it, if so: reads of what is not cached fail or wait.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
 }
 
 /// Whether an attach mode can be used on this node.

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,8 @@ const KEEPER_START: Duration = Duration::from_secs(5);
 /// What kept it from starting, or from ending well.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let store = Store::open(&config.root)?;
+    // Before anything is taken over: what cannot be understood must not be overwritten.
+    let record = store.load_mounts()?;
     for socket in [&config.socket, &config.keeper_socket] {
         make_parent(socket)?;
     }
@@ -41,9 +43,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     let socket = config.keeper_socket.clone();
     let log = socket.with_file_name("skimmer-keeper.log");
-    let keeper = tokio::task::spawn_blocking(move || reach_keeper(&socket, &log)).await?;
+    let keeper = tokio::task::spawn_blocking(move || reach_keeper(&socket, &log)).await??;
     let (frontends, keeper) = match keeper {
-        Ok((keeper, welcome)) => {
+        Reached::Keeper(keeper, welcome) => {
             let state = KeeperState {
                 files: welcome.files.iter().map(|file| file.label.clone()).collect(),
                 device_held: welcome.device_held,
@@ -51,11 +53,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             tracing::info!(pid = welcome.pid, files = state.files.len(), "connected to the keeper");
             (Frontends { keeper: Some((keeper, welcome)) }, Ok(state))
         }
-        // A second daemon on the same kernel interfaces: nothing good can come of going on.
-        Err(error @ KeeperError::Busy { .. }) => return Err(error.into()),
-        Err(error) => {
-            tracing::error!("{error}; images can only be mounted when all their chunks are cached");
-            (Frontends { keeper: None }, Err(error.to_string()))
+        Reached::Nobody(why) => {
+            tracing::error!("{why}; fanotify mounts are not possible and present ones are not served");
+            (Frontends { keeper: None }, Err(why))
         }
     };
 
@@ -74,7 +74,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         keeper,
     };
     let mounts = Mounts::new(parts);
-    mounts.restore().await?;
+    mounts.restore(record).await?;
 
     let (stop, stopped) = watch::channel(None);
     let hearing = {
@@ -101,18 +101,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let ended = driver.shutdown().await;
     let thread_result = watching.await?;
     let journal_end = journal.clone();
-    tokio::task::spawn_blocking(move || journal_end.stop()).await?;
+    let recorded = tokio::task::spawn_blocking(move || journal_end.stop()).await?;
     hearing.abort();
-    mounts.finish().await?;
+    let clean = recorded && ended.is_ok() && thread_result.is_ok();
+    mounts.finish(clean).await?;
     let _ = std::fs::remove_file(&config.socket);
     if *stop.borrow() == Some(Stop::Everything) {
         let socket = config.keeper_socket.clone();
         let stopped = tokio::task::spawn_blocking(move || stop_keeper(&socket)).await?;
         stopped.context("the keeper could not be stopped")?;
     }
-    served?;
+    // First the one that explains the others.
+    thread_result.context("mounts and keeper stay; reads that wait go on when skimmerd runs again")?;
     ended?;
-    thread_result?;
+    served?;
     tracing::info!("ended");
     Ok(())
 }
@@ -145,9 +147,11 @@ fn watch_thread(
 ) -> tokio::task::JoinHandle<anyhow::Result<()>> {
     tokio::task::spawn_blocking(move || {
         let result = thread.join();
-        stop.send_if_modified(|stop| stop.is_none() && stop.replace(Stop::Daemon).is_none());
+        let unasked = stop.send_if_modified(|stop| stop.is_none() && stop.replace(Stop::Daemon).is_none());
         match result {
-            Ok(result) => Ok(result?),
+            Ok(Err(error)) => Err(anyhow::Error::new(error).context("the data path ended")),
+            Ok(Ok(())) if unasked => anyhow::bail!("the data path ended though nobody asked it to"),
+            Ok(Ok(())) => Ok(()),
             Err(_) => anyhow::bail!("the driver thread panicked"),
         }
     })
@@ -175,20 +179,50 @@ fn driver_config(config: &Config) -> DriverConfig {
     driver
 }
 
+/// What came of looking for the keeper.
+enum Reached {
+    /// It answers.
+    Keeper(Keeper, Welcome),
+    /// None runs and none can be started here, for this reason: no file is watched by anybody.
+    Nobody(String),
+}
+
 /// Connects to the keeper, after starting one when nobody answers.
-fn reach_keeper(socket: &Path, log: &Path) -> Result<(Keeper, Welcome), KeeperError> {
+///
+/// # Errors
+/// When one runs that cannot be used, or may run: going on without it would give up the mounts that it holds.
+fn reach_keeper(socket: &Path, log: &Path) -> Result<Reached, KeeperError> {
     match Keeper::connect(socket) {
         Err(KeeperError::NotRunning { .. }) => {}
-        other => return other,
+        other => return other.map(|(keeper, welcome)| Reached::Keeper(keeper, welcome)),
     }
-    let failed = |what: &'static str| move |source| KeeperError::Io { what, source };
-    let file = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log)
-        .map_err(failed("opening the log for a new keeper"))?;
-    let second = file.try_clone().map_err(failed("opening the log for a new keeper"))?;
-    let mut child = Command::new(keeper_program())
+    let mut child = match start_keeper(socket, log) {
+        Ok(child) => child,
+        Err(error) => return Ok(Reached::Nobody(format!("skimmer-keeper cannot be started: {error}"))),
+    };
+    let deadline = Instant::now() + KEEPER_START;
+    loop {
+        match Keeper::connect(socket) {
+            Err(error @ KeeperError::NotRunning { .. }) => {
+                let ended = child.try_wait().ok().flatten();
+                if let Some(status) = ended.filter(|status| !status.success()) {
+                    let why = format!("skimmer-keeper ended with {status}; see {}", log.display());
+                    return Ok(Reached::Nobody(why));
+                }
+                if Instant::now() >= deadline {
+                    return Err(error);
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => return other.map(|(keeper, welcome)| Reached::Keeper(keeper, welcome)),
+        }
+    }
+}
+
+fn start_keeper(socket: &Path, log: &Path) -> std::io::Result<Child> {
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+    let second = file.try_clone()?;
+    Command::new(keeper_program())
         .arg("--detach")
         .arg("--socket")
         .arg(socket)
@@ -197,27 +231,6 @@ fn reach_keeper(socket: &Path, log: &Path) -> Result<(Keeper, Welcome), KeeperEr
         .stdout(file)
         .stderr(second)
         .spawn()
-        .map_err(failed("starting skimmer-keeper"))?;
-    let deadline = Instant::now() + KEEPER_START;
-    loop {
-        match Keeper::connect(socket) {
-            Err(KeeperError::NotRunning { path, source }) => {
-                let ended = child.try_wait().ok().flatten();
-                if let Some(status) = ended.filter(|status| !status.success()) {
-                    let text = format!("it ended with {status}; see {}", log.display());
-                    return Err(KeeperError::Io {
-                        what: "starting skimmer-keeper",
-                        source: std::io::Error::other(text),
-                    });
-                }
-                if Instant::now() >= deadline {
-                    return Err(KeeperError::NotRunning { path, source });
-                }
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            other => return other,
-        }
-    }
 }
 
 /// Ends the keeper. It refuses while it watches a file.
@@ -261,4 +274,52 @@ fn make_parent(path: &Path) -> anyhow::Result<()> {
         .mode(0o755)
         .create(parent)
         .with_context(|| format!("cannot create {}", parent.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::DriverError;
+
+    async fn ends(result: ThreadResult, asked: bool) -> (Option<Stop>, anyhow::Result<()>) {
+        let (stop, stopped) = watch::channel(asked.then_some(Stop::Everything));
+        let ended = watch_thread(std::thread::spawn(move || result), stop).await.unwrap();
+        let stop = *stopped.borrow();
+        (stop, ended)
+    }
+
+    #[tokio::test]
+    async fn a_data_path_that_ends_by_itself_ends_the_daemon_with_its_words() {
+        let lost = || Err(DriverError::Config("the keeper is gone".into()));
+        let (stop, ended) = ends(lost(), false).await;
+        assert_eq!(stop, Some(Stop::Daemon));
+        assert!(format!("{:#}", ended.unwrap_err()).contains("the keeper is gone"));
+        let (stop, ended) = ends(Ok(()), false).await;
+        assert!(stop == Some(Stop::Daemon) && ended.is_err());
+
+        let (stop, ended) = ends(Ok(()), true).await;
+        assert!(stop == Some(Stop::Everything) && ended.is_ok());
+        assert!(ends(lost(), true).await.1.is_err());
+    }
+
+    #[test]
+    fn only_where_no_keeper_runs_does_the_daemon_go_on_without() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, log) = (dir.path().join("k.sock"), dir.path().join("log"));
+        // A keeper that hangs up on everybody: something runs there.
+        let address = rustix::net::SocketAddrUnix::new(&socket).unwrap();
+        let listener =
+            rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::SEQPACKET, None)
+                .unwrap();
+        rustix::net::bind(&listener, &address).unwrap();
+        rustix::net::listen(&listener, 4).unwrap();
+        let hangs_up = std::thread::spawn(move || drop(rustix::net::accept(&listener).unwrap()));
+        assert!(reach_keeper(&socket, &log).is_err());
+        hangs_up.join().unwrap();
+
+        // Nobody there, and none can be started, because its log cannot be.
+        std::fs::remove_file(&socket).unwrap();
+        let Ok(Reached::Nobody(why)) = reach_keeper(&socket, &dir.path().join("no/log")) else { panic!() };
+        assert!(why.contains("skimmer-keeper"), "{why}");
+    }
 }

@@ -43,6 +43,7 @@ impl Daemon {
             ..Config::default()
         };
         let store = Store::open(&root).unwrap();
+        let record = store.load_mounts().unwrap();
         let (journal, _notices) = Journal::start().unwrap();
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
@@ -58,7 +59,7 @@ impl Daemon {
             secrets: Secrets::open(dir.path().join("credentials.json")),
             keeper: Err("none in this test".into()),
         });
-        mounts.restore().await.unwrap();
+        mounts.restore(record).await.unwrap();
         let (sender, stop) = watch::channel(None);
         let api = Api { mounts: Arc::clone(&mounts), registry: Arc::new(registry), stop: sender };
         let serving = tokio::spawn(control::serve(control::listen(&config.socket).unwrap(), api));
@@ -73,8 +74,8 @@ impl Daemon {
     async fn end(self) -> TempDir {
         self.driver.shutdown().await.unwrap();
         self.thread.join().unwrap().unwrap();
-        self.journal.stop();
-        self.mounts.finish().await.unwrap();
+        let clean = self.journal.stop();
+        self.mounts.finish(clean).await.unwrap();
         self.serving.abort();
         let _ = self.serving.await;
         self.dir
@@ -180,8 +181,8 @@ async fn a_shutdown_request_ends_the_server_after_its_answer() {
     (&mut daemon.serving).await.unwrap().unwrap();
     let dir = daemon.driver.shutdown().await.map(|()| daemon.dir).unwrap();
     daemon.thread.join().unwrap().unwrap();
-    daemon.journal.stop();
-    daemon.mounts.finish().await.unwrap();
+    assert!(daemon.journal.stop());
+    daemon.mounts.finish(true).await.unwrap();
     drop(daemon.mounts);
     assert!(Store::open(&dir.path().join("root")).unwrap().load_mounts().unwrap().clean);
 }
@@ -202,37 +203,114 @@ async fn the_socket_is_private_and_only_a_dead_one_is_replaced() {
     assert_eq!(std::fs::read(&path).unwrap(), b"a file");
 }
 
+fn this_boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned()
+}
+
+fn attachment(device: &str, bdi: &str) -> AttachmentRecord {
+    AttachmentRecord {
+        bootstrap: "a".repeat(64),
+        mode: AttachMode::Fanotify,
+        device: device.into(),
+        bdi: Some(bdi.into()),
+        mounts: vec![skimmer_client::Mount {
+            target: "/nonexistent/target".into(),
+            image: "oci:/x".into(),
+            manifest: String::new(),
+            mode: AttachMode::Fanotify,
+            reason: String::new(),
+            bootstrap: "a".repeat(64),
+            blobs: vec![],
+            mounted_at: 0,
+            fault: None,
+        }],
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn records_of_mounts_that_are_gone_are_dropped_at_start() {
+    let mut dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    for boot in [this_boot(), "another boot".into()] {
+        let store = Store::open(&root).unwrap();
+        let attachments = vec![attachment("0:999999", "erofs-999999999")];
+        store.save_mounts(&MountsRecord { boot, clean: false, attachments }).unwrap();
+        drop(store);
+        let daemon = Daemon::start(dir).await;
+        assert_eq!(daemon.client.mounts().await.unwrap(), []);
+        dir = daemon.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_is_clean_only_when_everything_is_on_record() {
+    use skimmer_daemon::blob::{BlobId, ReadyBits};
+    use skimmer_daemon::driver::ReadySink;
+    use skimmer_daemon::frontend::Mode;
+    use skimmer_daemon::store::journal::Tracked;
+    let mut dir = tempfile::tempdir().unwrap();
+    for (broken, untracked) in [(false, false), (true, false), (false, true), (false, false)] {
+        let daemon = Daemon::start(dir).await;
+        let (data, map, blob) = (daemon.path("data"), daemon.path("map"), BlobId::new([1; 32]));
+        let data = std::fs::File::create(data).unwrap();
+        std::fs::write(&map, b"").unwrap();
+        // A map that cannot be written stands for a disk that fails.
+        let map = std::fs::File::options().read(true).write(!broken).open(map).unwrap();
+        let tracked = Tracked::new(blob, data, map, ReadyBits::new());
+        daemon.journal.track(Mode::Fscache, tracked).await;
+        if untracked {
+            daemon.journal.untrack(Mode::Fscache, blob).await;
+        }
+        daemon.journal.ready(Mode::Fscache, blob, &[1]);
+        dir = daemon.end().await;
+        let store = Store::open(&dir.path().join("root")).unwrap();
+        assert_eq!(store.load_mounts().unwrap().clean, !broken && !untracked, "{broken} {untracked}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_that_cannot_be_served_stay_on_record_with_their_fault() {
+    // Any superblock that is alive will do: the record says that it is one of ours.
+    let Some(bdi) = std::fs::read_dir("/sys/class/bdi").ok().and_then(|mut names| names.next()) else {
+        eprintln!("SKIPPED: /sys/class/bdi is empty or not there");
+        return;
+    };
+    let bdi = bdi.unwrap().file_name().into_string().unwrap();
+    let mut dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    // What was detached and is still open has no mount to be shown, and is alive all the same.
+    let record = AttachmentRecord { mounts: vec![], ..attachment("0:999999", &bdi) };
+    let store = Store::open(&root).unwrap();
+    let attachments = vec![record.clone()];
+    store.save_mounts(&MountsRecord { boot: this_boot(), clean: false, attachments }).unwrap();
+    drop(store);
+    for _ in 0..2 {
+        let daemon = Daemon::start(dir).await;
+        dir = daemon.end().await;
+        let left = Store::open(&root).unwrap().load_mounts().unwrap();
+        assert_eq!(left.attachments, [record.clone()]);
+    }
+}
+
+#[test]
+fn a_record_of_mounts_that_cannot_be_read_stops_the_start_and_stays() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("root");
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned();
-    for boot in [boot, "another boot".into()] {
-        let store = Store::open(&root).unwrap();
-        let attachment = AttachmentRecord {
-            bootstrap: "a".repeat(64),
-            mode: AttachMode::Fanotify,
-            device: "0:999999".into(),
-            bdi: Some("erofs-999999999".into()),
-            mounts: vec![skimmer_client::Mount {
-                target: "/nonexistent/target".into(),
-                image: "oci:/x".into(),
-                manifest: String::new(),
-                mode: AttachMode::Fanotify,
-                reason: String::new(),
-                bootstrap: "a".repeat(64),
-                blobs: vec![],
-                mounted_at: 0,
-            }],
-        };
-        store.save_mounts(&MountsRecord { boot, clean: false, attachments: vec![attachment] }).unwrap();
-    }
-    let daemon = Daemon::start(dir).await;
-    assert_eq!(daemon.client.mounts().await.unwrap(), []);
-    let dir = daemon.end().await;
-
+    drop(Store::open(&root).unwrap());
     std::fs::write(root.join("mounts.json"), b"not json").unwrap();
-    let daemon = Daemon::start(dir).await;
-    assert_eq!(daemon.client.status().await.unwrap().mounts, []);
-    daemon.end().await;
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_skimmerd"))
+        .args([
+            "--root".as_ref(),
+            root.as_os_str(),
+            "--socket".as_ref(),
+            dir.path().join("d.sock").as_os_str(),
+        ])
+        .output()
+        .unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && words.contains("mounts.json") && words.contains("unmount"),
+        "{words}"
+    );
+    assert_eq!(std::fs::read(root.join("mounts.json")).unwrap(), b"not json");
 }

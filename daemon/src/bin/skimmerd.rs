@@ -97,7 +97,10 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         .init();
     raise_file_limit();
     skimmer_fetcher::http::install_tls_provider();
-    runtime.block_on(skimmer_daemon::app::run(config)).map_err(|error| format!("{error:#}").into())
+    let result = runtime.block_on(skimmer_daemon::app::run(config));
+    // A thread in a system call on a mount that nobody serves any more must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result.map_err(|error| format!("{error:#}").into())
 }
 
 /// Every blob takes a few descriptors, every object of fscache one: takes what the system grants.

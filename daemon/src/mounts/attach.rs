@@ -1,6 +1,6 @@
 //! Bringing one image up.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -52,7 +52,17 @@ impl Mounts {
             self.secrets.lock().unwrap_or_else(PoisonError::into_inner).put(&request.image, login.clone())?;
         }
         if let Some(index) = shareable(&state, &opened.image.bootstrap, wanted) {
-            return self.attach_clone(&mut state, index, opened, request, target).await;
+            let record = state.attachments[index].record.clone();
+            if let Some(source) = visible(&record).await? {
+                return self.attach_clone(&mut state, index, source, opened, request, target).await;
+            }
+            let covered = format!("something else is mounted over every mount of {}", request.image);
+            // The kernel allows one fscache superblock per image; over files there may be more.
+            if record.mode == AttachMode::Fscache {
+                return Err(Failure::new(Kind::Conflict, format!("{covered}, so there is none to share"))
+                    .remedy("unmount what covers it first"));
+            }
+            tracing::info!("{covered}: it gets a superblock more");
         }
         let plan = self.prepare(&mut state, opened, wanted, target).await;
         drop(state);
@@ -112,6 +122,7 @@ impl Mounts {
             image: opened.image.clone(),
             specs: opened.specs.clone(),
             rising: Some(target.into()),
+            fault: None,
         });
         match mode {
             AttachMode::Fscache => {
@@ -170,18 +181,17 @@ impl Mounts {
         &self,
         state: &mut State,
         index: usize,
+        (clone, from): (Detached, PathBuf),
         opened: &Opened,
         request: &MountRequest,
         target: &Path,
     ) -> Result<Mount, Failure> {
-        let first = &state.attachments[index].record;
-        let (mode, from) = (first.mode, first.mounts[0].target.clone());
+        let mode = state.attachments[index].record.mode;
         let reason = format!("shares the mount of the same image on {}", from.display());
         // The name in this request may be another source of the same blobs.
         for spec in &opened.specs {
             self.driver.add_blob(spec.clone(), ReadyBits::new(), vec![Arc::clone(&opened.source)]).await?;
         }
-        let clone = tokio::task::spawn_blocking(move || Detached::clone_of(&from)).await??;
         let mount = self.describe(opened, request, target, mode, reason);
         let attachment = &mut state.attachments[index];
         for source in &opened.image.sources {
@@ -419,6 +429,7 @@ impl Mounts {
             reason,
             bootstrap: opened.image.bootstrap.clone(),
             blobs: opened.specs.iter().map(|spec| spec.id.hex()).collect(),
+            fault: None,
             mounted_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         }
     }
@@ -437,6 +448,20 @@ impl Mounts {
     }
 }
 
+/// A clone of one of the superblock's mounts, and of which: the first on which nothing else is mounted.
+async fn visible(record: &AttachmentRecord) -> Result<Option<(Detached, PathBuf)>, Failure> {
+    let (device, mounts) = (record.device.clone(), record.mounts.clone());
+    let find = move || {
+        mounts.into_iter().find_map(|mount| {
+            let clone = Detached::clone_of(&mount.target)
+                .inspect_err(|error| tracing::warn!("not shared: {error}"))
+                .ok()?;
+            (clone.device().ok()? == device).then_some((clone, mount.target))
+        })
+    };
+    Ok(tokio::task::spawn_blocking(find).await?)
+}
+
 /// The attachment that a mount of this image in this mode can share.
 fn shareable(state: &State, bootstrap: &str, wanted: AttachMode) -> Option<usize> {
     state.attachments.iter().position(|attachment| {
@@ -444,7 +469,8 @@ fn shareable(state: &State, bootstrap: &str, wanted: AttachMode) -> Option<usize
         let fits = wanted == AttachMode::Auto
             || wanted == record.mode
             || (wanted == AttachMode::Fanotify && record.mode == AttachMode::Local);
-        record.bootstrap == bootstrap && fits && attachment.rising.is_none() && !record.mounts.is_empty()
+        let served = attachment.rising.is_none() && attachment.fault.is_none();
+        record.bootstrap == bootstrap && fits && served && !record.mounts.is_empty()
     })
 }
 

@@ -140,6 +140,16 @@ pub fn device_of(dir: BorrowedFd<'_>, path: &Path) -> Result<String, Errno> {
     Ok(format!("{}:{}", stat.stx_dev_major, stat.stx_dev_minor))
 }
 
+/// Device number (`major:minor`) of the topmost mount at `target`. Asks no other machine for it.
+///
+/// # Errors
+/// The system's answer.
+pub fn device_at(target: &Path) -> Result<String, Errno> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    let stat = rustix::fs::statx(CWD, target, flags, StatxFlags::BASIC_STATS)?;
+    Ok(format!("{}:{}", stat.stx_dev_major, stat.stx_dev_minor))
+}
+
 /// Unmounts the topmost mount at `target`.
 ///
 /// # Errors

@@ -111,6 +111,8 @@ struct State {
     bound: bool,
     /// No mount is begun or shown any more.
     closing: bool,
+    /// An earlier daemon of this boot ended without making durable what it wrote.
+    unsynced: bool,
 }
 
 /// One superblock.
@@ -121,6 +123,8 @@ struct Attachment {
     /// Set while it is brought up: the target it is meant for. It is in no record then and cannot be shared, but what it
     /// needs is in use.
     rising: Option<PathBuf>,
+    /// Why it is not served, if so. It stays on record, so that the next daemon tries again.
+    fault: Option<String>,
 }
 
 impl State {
@@ -136,6 +140,19 @@ impl State {
             .map(|attachment| &attachment.record)
     }
 
+    /// The superblocks that are up, as shown to others: with their faults.
+    fn shown(&self) -> Vec<AttachmentRecord> {
+        let up = self.attachments.iter().filter(|attachment| attachment.rising.is_none());
+        let with_fault = |attachment: &Attachment| {
+            let mut record = attachment.record.clone();
+            for mount in &mut record.mounts {
+                mount.fault.clone_from(&attachment.fault);
+            }
+            record
+        };
+        up.map(with_fault).collect()
+    }
+
     /// Whether a superblock reads the file that `mode` uses for a blob.
     fn uses_file(&self, mode: Mode, blob: BlobId) -> bool {
         self.attachments.iter().any(|attachment| attachment.file_mode() == mode && attachment.has(blob))
@@ -144,7 +161,17 @@ impl State {
 
 impl Attachment {
     fn has(&self, blob: BlobId) -> bool {
-        self.specs.iter().any(|spec| spec.id == blob)
+        self.specs.iter().any(|spec| spec.id == blob) || self.may_have(blob)
+    }
+
+    /// Whether it may refer to chunks of a blob that nobody here knows of: it could not be picked up.
+    fn may_have(&self, blob: BlobId) -> bool {
+        if self.fault.is_none() || !self.specs.is_empty() {
+            return false;
+        }
+        let id = blob.hex();
+        let listed = |mount: &Mount| mount.blobs.is_empty() || mount.blobs.contains(&id);
+        self.record.mounts.first().is_none_or(listed)
     }
 
     fn file_mode(&self) -> Mode {
@@ -311,7 +338,7 @@ impl Mounts {
     }
 
     fn publish(&self, state: &State) {
-        let view = state.records().cloned().collect();
+        let view = state.shown();
         *self.view.lock().unwrap_or_else(PoisonError::into_inner) = view;
     }
 

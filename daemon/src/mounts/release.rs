@@ -65,14 +65,19 @@ impl Mounts {
         Ok(())
     }
 
-    /// Writes down that everything is on record. Call it when data path and journal have ended.
+    /// Writes down how it ended. Call it when data path and journal have ended; `clean` when neither lost anything.
     ///
     /// # Errors
     /// [`Failure`] when `mounts.json` cannot be written.
-    pub async fn finish(&self) -> Result<(), Failure> {
+    pub async fn finish(&self, clean: bool) -> Result<(), Failure> {
         let mut state = self.state.lock().await;
         state.closing = true;
-        self.save(&state, true)
+        let durable = !clean || !state.unsynced || {
+            // What a daemon before this one wrote last is in no journal of ours.
+            let synced = self.store.sync_all();
+            synced.inspect_err(|error| tracing::error!("{error}")).is_ok()
+        };
+        self.save(&state, clean && durable)
     }
 
     async fn umount_one(
@@ -84,18 +89,28 @@ impl Mounts {
     ) -> Result<Mount, Failure> {
         let record = &state.attachments[index].record;
         let mount = record.mounts[place].clone();
-        let target = mount.target.clone();
-        let done = tokio::task::spawn_blocking(move || kernel::umount(&target, detach)).await?;
-        let failed = |errno: Errno| {
-            Failure::new(Kind::Conflict, format!("cannot unmount {}: {errno}", mount.target.display()))
+        let (target, device) = (mount.target.clone(), record.device.clone());
+        let done = tokio::task::spawn_blocking(move || {
+            // What the system call takes away is the topmost mount, whosever that is.
+            if kernel::device_at(&target)? != device {
+                return Ok(false);
+            }
+            kernel::umount(&target, detach).map(|()| true)
+        })
+        .await?;
+        let failed = |why: &dyn std::fmt::Display| {
+            Failure::new(Kind::Conflict, format!("cannot unmount {}: {why}", mount.target.display()))
         };
         match done {
-            Ok(()) => {}
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(failed(&"something else is mounted over the image").remedy("unmount that first"));
+            }
             Err(Errno::BUSY) => {
-                return Err(failed(Errno::BUSY)
+                return Err(failed(&Errno::BUSY)
                     .remedy("files on it are open, or it is a working directory: end those, or detach it"));
             }
-            Err(errno) => return Err(failed(errno)),
+            Err(errno) => return Err(failed(&errno)),
         }
         state.attachments[index].record.mounts.remove(place);
         self.save(state, false)?;
@@ -124,7 +139,7 @@ impl Mounts {
     /// Drops superblocks that are gone, then what only they needed.
     pub(super) async fn release(&self, state: &mut State) -> Result<(), Failure> {
         let before = state.attachments.len();
-        let present = mountinfo::erofs_mounts().unwrap_or_default();
+        let present = mountinfo::erofs_mounts();
         let mut gone: Vec<String> = Vec::new();
         state.attachments.retain(|attachment| {
             let record = &attachment.record;
@@ -132,7 +147,10 @@ impl Mounts {
                 || !record.mounts.is_empty()
                 || match &record.bdi {
                     Some(name) => bdi::is_alive(name),
-                    None => present.iter().any(|entry| entry.device == record.device),
+                    // What cannot be told counts as alive.
+                    None => present
+                        .as_ref()
+                        .map_or(true, |present| present.iter().any(|entry| entry.device == record.device)),
                 };
             if !alive {
                 gone.push(record.bootstrap.clone());
@@ -195,6 +213,10 @@ impl Mounts {
             return;
         }
         let Some(ready) = self.journal.recorded(mode, blob).await else { return };
+        // A mount that could not be picked up may need more than is known.
+        if state.attachments.iter().any(|attachment| attachment.may_have(blob)) {
+            return;
+        }
         let mut specs = state.attachments.iter().flat_map(|attachment| &attachment.specs);
         if specs.any(|spec| spec.id == blob && !spec.is_complete(&ready)) {
             return;
@@ -234,6 +256,6 @@ fn find(state: &State, target: &Path) -> Option<(usize, usize)> {
 
 fn is_wanted(state: &State, cookie: &str) -> bool {
     state.attachments.iter().filter(|a| a.record.mode == AttachMode::Fscache).any(|attachment| {
-        attachment.record.bootstrap == cookie || attachment.specs.iter().any(|spec| spec.id.hex() == cookie)
+        attachment.record.bootstrap == cookie || cookie.parse().is_ok_and(|blob| attachment.has(blob))
     })
 }

@@ -12,29 +12,27 @@ use crate::frontend::FscacheSetup;
 use crate::store::records::{AttachmentRecord, ImageRecord, MountsRecord};
 
 impl Mounts {
-    /// Makes the data path serve every mount that an earlier daemon left. A mount that cannot be served is logged and
-    /// left as it is: its reads fail, all others go on.
+    /// Makes the data path serve every mount that an earlier daemon left, by its `record`. A mount that cannot be
+    /// served stays on record with its fault: its reads fail or wait, it can be unmounted, and the next daemon tries
+    /// again. All others go on.
     ///
     /// # Errors
-    /// When the root directory cannot be read or written.
-    pub async fn restore(&self) -> Result<(), Failure> {
+    /// When the root directory cannot be read or written, or when it cannot be told what is mounted.
+    pub async fn restore(&self, record: MountsRecord) -> Result<(), Failure> {
         let mut state = self.state.lock().await;
-        let (record, certain) = match self.store.load_mounts() {
-            Ok(record) => (record, true),
-            Err(error) => {
-                tracing::error!("{error}: mounts of an earlier daemon are not served; unmount them by hand");
-                (MountsRecord::default(), false)
-            }
-        };
         let same_boot = record.boot == self.boot;
-        let first = certain && record.boot.is_empty();
-        if !same_boot && !record.clean && !first {
-            tracing::info!(
-                "the machine went down without a clean end: cache files keep only what is on record"
-            );
+        state.unsynced = same_boot && !record.clean;
+        // Also when there is no record at all: where nothing was cached there is nothing to trim.
+        if !same_boot && !record.clean {
+            tracing::info!("no clean end is on record: cache files keep only what is");
             self.store.trim_cache_files()?;
         }
-        let present = mountinfo::erofs_mounts().unwrap_or_default();
+        let present = mountinfo::erofs_mounts().map_err(|error| {
+            Failure::new(
+                Kind::Internal,
+                format!("cannot tell what is mounted: /proc/self/mountinfo: {error}"),
+            )
+        })?;
         for mut attachment in record.attachments {
             attachment.mounts.retain(|m| mountinfo::contains(&present, &attachment.device, &m.target));
             let alive = same_boot
@@ -42,8 +40,16 @@ impl Mounts {
             let name = attachment.bootstrap.clone();
             if !alive {
                 tracing::info!(bootstrap = %name, "was unmounted meanwhile");
-            } else if let Err(failure) = self.restore_one(&mut state, attachment).await {
+            } else if let Err(failure) = self.restore_one(&mut state, &attachment).await {
                 tracing::error!(bootstrap = %name, "cannot serve a present mount, its reads will fail: {failure}");
+                let fault = format!("not served: {failure}; restart skimmerd to try again, or unmount it");
+                let image = self.store.load_image(&name).ok().flatten().unwrap_or(ImageRecord {
+                    bootstrap: name,
+                    sources: Vec::new(),
+                    blobs: Vec::new(),
+                });
+                let (record, specs) = (attachment, Vec::new());
+                state.attachments.push(Attachment { record, image, specs, rising: None, fault: Some(fault) });
             }
         }
         self.adopt_held(&mut state);
@@ -54,14 +60,21 @@ impl Mounts {
             let setup = FscacheSetup { dir, tag: self.config.fscache.tag.clone(), device: None };
             match self.driver.bind_fscache(setup).await {
                 Ok(()) => state.bound = true,
-                Err(error) => tracing::error!("fscache mounts cannot be served: {error}"),
+                Err(error) => {
+                    tracing::error!("fscache mounts cannot be served: {error}");
+                    for attachment in &mut state.attachments {
+                        if attachment.record.mode == AttachMode::Fscache {
+                            attachment.fault.get_or_insert_with(|| format!("not served: {error}"));
+                        }
+                    }
+                }
             }
         }
         self.save(&state, false)?;
         self.release(&mut state).await
     }
 
-    async fn restore_one(&self, state: &mut State, record: AttachmentRecord) -> Result<(), Failure> {
+    async fn restore_one(&self, state: &mut State, record: &AttachmentRecord) -> Result<(), Failure> {
         let image = self.store.load_image(&record.bootstrap)?;
         let image =
             image.ok_or_else(|| Failure::new(Kind::Internal, "the record of its image is not there"))?;
@@ -101,7 +114,8 @@ impl Mounts {
             state.watched.insert(spec.id);
         }
         tracing::info!(bootstrap = %record.bootstrap, mode = %record.mode, mounts = record.mounts.len(), "picked up");
-        state.attachments.push(Attachment { record, image, specs, rising: None });
+        let record = record.clone();
+        state.attachments.push(Attachment { record, image, specs, rising: None, fault: None });
         Ok(())
     }
 

@@ -142,7 +142,7 @@ enum Message {
 pub struct Journal {
     messages: mpsc::Sender<Message>,
     faults: tokio_mpsc::UnboundedSender<Notice>,
-    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+    thread: Arc<Mutex<Option<JoinHandle<bool>>>>,
 }
 
 impl Journal {
@@ -154,9 +154,9 @@ impl Journal {
         let (messages, inbox) = mpsc::channel();
         let (notices, outbox) = tokio_mpsc::unbounded_channel();
         let faults = notices.clone();
-        let thread = std::thread::Builder::new()
-            .name("journal".into())
-            .spawn(move || Worker { files: HashMap::new(), disk: SystemDisk, notices }.run(&inbox))?;
+        let thread = std::thread::Builder::new().name("journal".into()).spawn(move || {
+            Worker { files: HashMap::new(), disk: SystemDisk, notices, whole: true }.run(&inbox)
+        })?;
         Ok((Self { messages, faults, thread: Arc::new(Mutex::new(Some(thread))) }, outbox))
     }
 
@@ -182,14 +182,17 @@ impl Journal {
     }
 
     /// Records everything that is pending and ends the thread. Later calls do nothing.
-    pub fn stop(&self) {
+    ///
+    /// Returns whether all that was ever reported as written is durable and recorded; `false` of a later call.
+    pub fn stop(&self) -> bool {
         let _ = self.messages.send(Message::Stop);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread
-            && thread.join().is_err()
-        {
-            tracing::error!("the journal thread panicked");
-        }
+        thread.is_some_and(|thread| {
+            thread.join().unwrap_or_else(|_| {
+                tracing::error!("the journal thread panicked");
+                false
+            })
+        })
     }
 
     async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
@@ -217,10 +220,12 @@ struct Worker {
     files: HashMap<(Mode, BlobId), Tracked<File>>,
     disk: SystemDisk,
     notices: tokio_mpsc::UnboundedSender<Notice>,
+    /// Everything that was written is on record, or will be with the next commit.
+    whole: bool,
 }
 
 impl Worker {
-    fn run(mut self, inbox: &mpsc::Receiver<Message>) {
+    fn run(mut self, inbox: &mpsc::Receiver<Message>) -> bool {
         let mut commit_at: Option<Instant> = None;
         loop {
             let message = match commit_at {
@@ -232,6 +237,8 @@ impl Worker {
                     if let Some(file) = self.files.get_mut(&(mode, blob)) {
                         file.wrote(&chunks);
                         commit_at.get_or_insert_with(|| Instant::now() + BATCH);
+                    } else {
+                        self.whole = false;
                     }
                 }
                 Ok(Message::Complete(mode, blob)) => {
@@ -261,7 +268,10 @@ impl Worker {
                     self.commit_all();
                     commit_at = None;
                 }
-                Ok(Message::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return self.commit_all(),
+                Ok(Message::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    self.commit_all();
+                    return self.whole;
+                }
             }
         }
     }
@@ -278,6 +288,7 @@ impl Worker {
         match file.commit(&mut self.disk) {
             Ok(()) => true,
             Err(what) => {
+                self.whole = false;
                 if !was_broken {
                     tracing::error!("{what}");
                     let _ = self.notices.send(Notice::Fault(Some(blob), what));

@@ -101,6 +101,15 @@ impl Store {
         &self.root
     }
 
+    /// Makes everything on the root's file system durable, whoever wrote it.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; also when an earlier write back of some file there failed.
+    pub fn sync_all(&self) -> Result<(), StoreError> {
+        let sync = || rustix::fs::syncfs(std::fs::File::open(&self.root)?).map_err(io::Error::from);
+        sync().map_err(|error| StoreError::io("cannot write back", &self.root, error))
+    }
+
     /// The sparse file of a blob.
     pub fn blob_path(&self, blob: BlobId) -> PathBuf {
         self.root.join("blobs").join(blob.hex())

@@ -118,9 +118,16 @@ impl Store {
     /// Reads `mounts.json`; an absent one is an empty one.
     ///
     /// # Errors
-    /// [`StoreError::Corrupt`] when it cannot be understood.
+    /// [`StoreError::Corrupt`], with what to do, when it cannot be understood: mounts that it names may be alive.
     pub fn load_mounts(&self) -> Result<MountsRecord, StoreError> {
-        Ok(load(&self.mounts_path())?.unwrap_or_default())
+        let remedy = "it names the mounts to be served, so skimmerd does not start over it: unmount what \
+            `findmnt -t erofs` shows of this root directory, then move the file away and start again";
+        load(&self.mounts_path()).map(Option::unwrap_or_default).map_err(|error| match error {
+            StoreError::Corrupt { path, what } => {
+                StoreError::Corrupt { path, what: format!("{what}; {remedy}") }
+            }
+            other => other,
+        })
     }
 
     fn image_path(&self, bootstrap: &str) -> PathBuf {
