@@ -1,5 +1,7 @@
 //! The program as a user runs it, without a daemon: what it makes, and what it says when something is wrong.
 
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};

@@ -220,12 +220,9 @@ impl Walk {
         self.hasher.update(piece);
         let start = self.position;
         self.position += u64::try_from(piece.len()).unwrap_or(0);
-        loop {
-            let (spec, mut bytes) =
-                match self.current.take().or_else(|| Some((self.specs.next()?, Vec::new()))) {
-                    Some(current) => current,
-                    None => break,
-                };
+        while let Some((spec, mut bytes)) =
+            self.current.take().or_else(|| Some((self.specs.next()?, Vec::new())))
+        {
             let have = u64::try_from(bytes.len()).unwrap_or(0);
             let stored_end = spec.stored_offset + u64::from(spec.stored_len);
             bytes.extend_from_slice(part(piece, start, spec.stored_offset + have, stored_end));
