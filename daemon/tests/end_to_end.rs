@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use skimmer_client::{AttachMode, Client, ClientError, MountRequest, StartOptions};
 use skimmer_fetcher::layout::Layout;
+use skimmer_test_support::{scratch_dir, skip_this};
 use tempfile::TempDir;
 
 /// Set for the process that plays the keeper.
@@ -25,29 +26,33 @@ fn keeper_process() {
 /// A directory with everything, a keeper, and a daemon that can be killed.
 struct World {
     dir: TempDir,
+    /// Apart, and short: a socket's path has at most 107 bytes.
+    sockets: TempDir,
     keeper: Child,
     daemon: Option<Child>,
 }
 
 impl World {
-    /// `None`, after saying why, where this kernel or user cannot run it.
+    /// `None` where this kernel or user cannot run it: the test is then counted as skipped.
+    #[track_caller]
     fn start() -> Option<Self> {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let dir = scratch_dir();
         if let Err(why) = skimmer_fanotify::probe(dir.path()) {
-            eprintln!("SKIPPED: {why}");
+            skip_this(&why.to_string());
             return None;
         }
         if let Err(why) = skimmer_daemon::mounts::kernel::probe_erofs() {
-            eprintln!("SKIPPED: {why}");
+            skip_this(&why.to_string());
             return None;
         }
+        let sockets = tempfile::tempdir().unwrap();
         let keeper = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "keeper_process"])
-            .env(KEEPER_SOCKET, dir.path().join("keeper.sock"))
+            .env(KEEPER_SOCKET, sockets.path().join("keeper.sock"))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let world = Self { dir, keeper, daemon: None };
+        let world = Self { dir, sockets, keeper, daemon: None };
         for name in ["mnt", "mnt2", "mnt3", "mnt4", "mnt5", "tree/deep/er"] {
             std::fs::create_dir_all(world.path(name)).unwrap();
         }
@@ -58,13 +63,17 @@ impl World {
         self.dir.path().join(name)
     }
 
+    fn keeper_socket(&self) -> PathBuf {
+        self.sockets.path().join("keeper.sock")
+    }
+
     fn socket(&self) -> PathBuf {
-        self.path("skimmerd.sock")
+        self.sockets.path().join("skimmerd.sock")
     }
 
     /// Starts `skimmerd` and waits until it answers.
     async fn start_daemon(&mut self) -> Client {
-        wait_for(&self.path("keeper.sock")).await;
+        wait_for(&self.keeper_socket()).await;
         let child = Command::new(env!("CARGO_BIN_EXE_skimmerd"))
             .arg("--root")
             .arg(self.path("root"))
@@ -325,7 +334,7 @@ async fn a_blob_that_lies_is_never_shown() {
         log: Some(world.path("log")),
         wait: Duration::from_secs(30),
     };
-    wait_for(&world.path("keeper.sock")).await;
+    wait_for(&world.keeper_socket()).await;
     let (client, started) = Client::connect_or_start(&options).await.unwrap();
     assert!(started);
     let refused = client.mount(&MountRequest::new(&image, world.path("mnt"))).await;
@@ -343,4 +352,66 @@ async fn a_blob_that_lies_is_never_shown() {
     let report = client.shutdown(true).await.unwrap();
     assert!(report.keeper_stopped, "{report:?}\n{}", world.log());
     assert!(world.keeper.wait().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_mount_over_an_image_is_neither_shared_nor_taken_away() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    let cover = Command::new("mount").args(["-t", "tmpfs", "cover"]).arg(world.path("mnt")).status().unwrap();
+    assert!(cover.success());
+    std::fs::write(world.path("mnt/foreign"), b"x").unwrap();
+
+    let second = client.mount(&MountRequest::new(&image, world.path("mnt2"))).await.unwrap();
+    assert!(!second.reason.contains("shares"), "{}", second.reason);
+    world.assert_same("mnt2");
+    for detach in [false, true] {
+        let refused = client.umount(world.path("mnt"), detach).await;
+        let Err(ClientError::Api { error, status: 409 }) = refused else { panic!("{refused:?}") };
+        assert!(error.error.contains("something else"), "{error}");
+        assert!(world.path("mnt/foreign").exists(), "it is not ours");
+    }
+
+    // With one of two visible, that one is shared.
+    let third = client.mount(&MountRequest::new(&image, world.path("mnt3"))).await.unwrap();
+    world.assert_same("mnt3");
+    assert_eq!(client.mounts().await.unwrap().len(), 3, "{third:?}");
+    skimmer_daemon::mounts::kernel::umount(&world.path("mnt"), false).unwrap();
+    world.assert_same("mnt");
+    world.assert_all_gone(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_that_a_restart_cannot_serve_is_kept_for_the_next_one() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    client.mount(&MountRequest::new(&image, world.path("mnt2"))).await.unwrap();
+    world.kill_daemon();
+    // A directory in the record's place opens and cannot be read.
+    let record = std::fs::read_dir(world.path("root/images")).unwrap().next().unwrap().unwrap().path();
+    let aside = world.path("aside");
+    std::fs::rename(&record, &aside).unwrap();
+    std::fs::create_dir(&record).unwrap();
+
+    let client = world.start_daemon().await;
+    for mounts in [client.mounts().await.unwrap(), client.status().await.unwrap().mounts] {
+        assert_eq!(mounts.len(), 2, "{}", world.log());
+        assert!(mounts.iter().all(|mount| mount.fault.is_some()), "{mounts:#?}");
+    }
+    client.umount(world.path("mnt2"), false).await.unwrap();
+    world.kill_daemon();
+    std::fs::remove_dir(&record).unwrap();
+    std::fs::rename(&aside, &record).unwrap();
+
+    let client = world.start_daemon().await;
+    let mounts = client.mounts().await.unwrap();
+    assert!(mounts.len() == 1 && mounts[0].fault.is_none(), "{mounts:#?}\n{}", world.log());
+    world.assert_same("mnt");
+    world.assert_all_gone(&client).await;
 }
