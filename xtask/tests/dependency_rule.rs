@@ -1,5 +1,7 @@
 //! The workspace's dependency rule and where `unsafe` may live, checked against cargo's own view and the sources.
 
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
