@@ -78,7 +78,15 @@ impl Daemon {
         self.mounts.finish(clean).await.unwrap();
         self.serving.abort();
         let _ = self.serving.await;
-        self.dir
+        drop(self.client);
+        // Connections that end by themselves hold the root's lock a little longer.
+        for _ in 0..3000 {
+            if Arc::strong_count(&self.mounts) == 1 {
+                return self.dir;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        panic!("a connection of a server that has ended stays");
     }
 
     /// The status and words of a refused mount.
