@@ -415,3 +415,65 @@ async fn a_mount_that_a_restart_cannot_serve_is_kept_for_the_next_one() {
     world.assert_same("mnt");
     world.assert_all_gone(&client).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_mount_over_an_image_is_neither_shared_nor_taken_away() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    let cover = Command::new("mount").args(["-t", "tmpfs", "cover"]).arg(world.path("mnt")).status().unwrap();
+    assert!(cover.success());
+    std::fs::write(world.path("mnt/foreign"), b"x").unwrap();
+
+    let second = client.mount(&MountRequest::new(&image, world.path("mnt2"))).await.unwrap();
+    assert!(!second.reason.contains("shares"), "{}", second.reason);
+    world.assert_same("mnt2");
+    for detach in [false, true] {
+        let refused = client.umount(world.path("mnt"), detach).await;
+        let Err(ClientError::Api { error, status: 409 }) = refused else { panic!("{refused:?}") };
+        assert!(error.error.contains("something else"), "{error}");
+        assert!(world.path("mnt/foreign").exists(), "it is not ours");
+    }
+
+    // With one of two visible, that one is shared.
+    let third = client.mount(&MountRequest::new(&image, world.path("mnt3"))).await.unwrap();
+    world.assert_same("mnt3");
+    assert_eq!(client.mounts().await.unwrap().len(), 3, "{third:?}");
+    skimmer_daemon::mounts::kernel::umount(&world.path("mnt"), false).unwrap();
+    world.assert_same("mnt");
+    world.assert_all_gone(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_that_a_restart_cannot_serve_is_kept_for_the_next_one() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    client.mount(&MountRequest::new(&image, world.path("mnt2"))).await.unwrap();
+    world.kill_daemon();
+    // A directory in the record's place opens and cannot be read.
+    let record = std::fs::read_dir(world.path("root/images")).unwrap().next().unwrap().unwrap().path();
+    let aside = world.path("aside");
+    std::fs::rename(&record, &aside).unwrap();
+    std::fs::create_dir(&record).unwrap();
+
+    let client = world.start_daemon().await;
+    for mounts in [client.mounts().await.unwrap(), client.status().await.unwrap().mounts] {
+        assert_eq!(mounts.len(), 2, "{}", world.log());
+        assert!(mounts.iter().all(|mount| mount.fault.is_some()), "{mounts:#?}");
+    }
+    client.umount(world.path("mnt2"), false).await.unwrap();
+    world.kill_daemon();
+    std::fs::remove_dir(&record).unwrap();
+    std::fs::rename(&aside, &record).unwrap();
+
+    let client = world.start_daemon().await;
+    let mounts = client.mounts().await.unwrap();
+    assert!(mounts.len() == 1 && mounts[0].fault.is_none(), "{mounts:#?}\n{}", world.log());
+    world.assert_same("mnt");
+    world.assert_all_gone(&client).await;
+}
