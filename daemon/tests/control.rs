@@ -296,7 +296,7 @@ async fn mounts_that_cannot_be_served_stay_on_record_with_their_fault() {
         let daemon = Daemon::start(dir).await;
         dir = daemon.end().await;
         let left = Store::open(&root).unwrap().load_mounts().unwrap();
-        assert_eq!(left.attachments, [record.clone()]);
+        assert_eq!(left.attachments, std::slice::from_ref(&record));
     }
 }
 
