@@ -415,3 +415,24 @@ async fn a_mount_that_a_restart_cannot_serve_is_kept_for_the_next_one() {
     world.assert_same("mnt");
     world.assert_all_gone(&client).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_keeper_ends_the_daemon_with_its_words_and_leaves_the_mounts() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    world.keeper.kill().unwrap();
+    world.keeper.wait().unwrap();
+    let mut daemon = world.daemon.take().unwrap();
+    let ended = tokio::task::spawn_blocking(move || daemon.wait().unwrap()).await.unwrap();
+    assert!(!ended.success(), "{}", world.log());
+    assert!(world.log().contains("skimmerd: ") && world.log().contains("keeper"), "{}", world.log());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(mounts.contains(&*world.path("mnt").to_string_lossy()), "{mounts}");
+    let record = std::fs::read_to_string(world.path("root/mounts.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(record["clean"], false);
+    assert_eq!(record["attachments"][0]["mounts"].as_array().unwrap().len(), 1);
+}

@@ -1,5 +1,6 @@
 //! Taking mounts down, and letting go of what they needed once nobody can read through them any more.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -187,9 +188,12 @@ impl Mounts {
             self.journal.untrack(mode, blob).await;
             state.tracked.remove(&(mode, blob));
         }
-        let marks: Vec<BlobId> = state.watched.iter().copied().collect();
+        let unused = |blob: &BlobId| !state.uses_file(Mode::Fanotify, *blob);
+        let marks: Vec<BlobId> = state.watched.iter().copied().filter(unused).collect();
+        let read = if marks.is_empty() { HashSet::new() } else { self.being_read().await };
         for blob in marks {
-            if !state.uses_file(Mode::Fanotify, blob) && later(blob, self.driver.unwatch(blob).await) {
+            // The data path would wait for the reads' end, as after a probe that got no answer, and the lock with it.
+            if !read.contains(&blob) && later(blob, self.driver.unwatch(blob).await) {
                 state.watched.remove(&blob);
             }
         }
@@ -201,6 +205,13 @@ impl Mounts {
                 self.set_complete(blob, false);
             }
         }
+    }
+
+    /// The blobs whose reads wait for an answer.
+    async fn being_read(&self) -> HashSet<BlobId> {
+        let blobs = self.driver.status().await.map(|status| status.blobs).unwrap_or_default();
+        let reads = blobs.iter().filter(|blob| blob.files.iter().any(|file| file.pending_reads > 0));
+        reads.map(|blob| blob.id).collect()
     }
 
     /// A file is complete: when that holds for all images over it, the kernel need not ask any more.
