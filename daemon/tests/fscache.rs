@@ -300,6 +300,54 @@ fn a_second_image_brings_more_chunks_of_the_same_blob() {
 }
 
 #[test]
+fn a_blob_is_complete_without_what_only_an_unmounted_image_needed() {
+    let made = blob(22, 40, 60_000);
+    let cache = Cache::new();
+    let (first, even) = (made.only(|at| at == 0), made.only(|at| at % 2 == 0));
+    let source = Memory::new("memory", &made);
+    source.always(Some(Fault::Hangs));
+    let unknown = cache.rig.wait(cache.rig.handle.set_chunks(even.spec.clone()));
+    assert!(matches!(unknown, Err(DriverError::UnknownBlob(_))), "{unknown:?}");
+    cache.rig.add(&made, ReadyBits::new(), vec![source.clone()]);
+    cache.expect(&made);
+    let path = cache.file(&made);
+    cache.open(1, &made, &path);
+    // A read that waits must not be failed for it.
+    let msg_id = cache.kernel.read(1, 0, 4096).unwrap();
+    cache.rig.until("asked", || source.requests() > 0);
+    let busy = cache.rig.wait(cache.rig.handle.set_chunks(even.spec.clone()));
+    assert!(matches!(busy, Err(DriverError::Busy { .. })), "{busy:?}");
+    assert_eq!(cache.kernel.waiting(), [(msg_id, 1)]);
+    // That mount goes.
+    cache.kernel.close(1).unwrap();
+    cache.open(2, &made, &path);
+    cache.rig.until("set", || cache.rig.wait(cache.rig.handle.set_chunks(even.spec.clone())).is_ok());
+    source.always(None);
+    for chunk in even.spec.chunks.iter() {
+        let found = cache.read(2, &path, chunk.start, chunk.padded_len());
+        assert_eq!(found, made.device[bytes(chunk.start..chunk.padded_end())]);
+    }
+    let complete =
+        || cache.rig.sink.0.lock().unwrap().iter().filter(|said| matches!(said, Said::Complete(..))).count();
+    cache.rig.until("complete", || complete() == 1);
+    assert_eq!(
+        cache.rig.sink.ready(Mode::Fscache),
+        even.spec.chunks.iter().map(|chunk| chunk.index).collect()
+    );
+    // All that is left is there already: told at once.
+    cache.rig.until("set", || cache.rig.wait(cache.rig.handle.set_chunks(first.spec.clone())).is_ok());
+    cache.rig.until("complete", || complete() == 2);
+    let status = cache.rig.wait(cache.rig.handle.status()).unwrap().blobs.remove(0);
+    assert_eq!(status.referenced_bytes, first.spec.referenced_bytes());
+    // Another mount needs all of it again; what was there is not fetched anew.
+    cache.rig.add(&made, ReadyBits::new(), Vec::new());
+    assert!(cache.read(2, &path, 0, made.spec.device_bytes) == made.device);
+    let written = cache.rig.metric(r#"skimmer_written_bytes_total{mode="fscache"}"#);
+    assert_eq!(written, made.spec.referenced_bytes() as f64);
+    cache.stop();
+}
+
+#[test]
 fn a_shutdown_leaves_reads_pending() {
     let made = blob(15, 4, 60_000);
     let cache = Cache::new();

@@ -13,7 +13,7 @@ use skimmer_keeper::protocol::Errno;
 
 use super::flights::runs;
 use super::handle::{Command, Reply};
-use super::objects::{Blob, FileKey, engine_view};
+use super::objects::{Blob, FileKey, Object, engine_view};
 use super::{BlobStatus, DEVICE, Driver, DriverError, FileStatus, Status};
 use crate::blob::{BlobChunk, BlobId, BlobSpec, ReadyBits};
 use crate::frontend::FscacheSetup;
@@ -72,6 +72,9 @@ impl Driver {
         match command {
             Command::AddBlob { spec, ready, sources, reply } => {
                 let _ = reply.send(self.add_blob(spec, &ready, sources));
+            }
+            Command::SetChunks { spec, reply } => {
+                let _ = reply.send(self.set_chunks(&spec));
             }
             Command::RemoveBlob { blob, reply } => {
                 let _ = reply.send(self.remove_blob(blob));
@@ -161,6 +164,33 @@ impl Driver {
         self.input(Input::AddObject { object: id, chunks, ready });
     }
 
+    fn set_chunks(&mut self, spec: &BlobSpec) -> Result<(), DriverError> {
+        let id = spec.id;
+        let known = self.blobs.get_mut(&id).ok_or(DriverError::UnknownBlob(id))?;
+        if known.spec.chunks == spec.chunks {
+            return Ok(());
+        }
+        // The two agree about every chunk that both name.
+        known.spec.merged(spec)?;
+        let objects = self.objects.of(id);
+        // The engine's lists only grow, so its objects are made anew: that must fail nobody and lose no write.
+        let quiet = |object: &Object| object.is_idle() && object.flights == 0 && object.coming.is_none();
+        if !objects.iter().filter_map(|object| self.objects.get(*object)).all(quiet) {
+            return Err(DriverError::Busy { blob: id, why: "it is being filled" });
+        }
+        known.spec = spec.clone();
+        for object in objects {
+            let Some(Object { key, ready, asked, .. }) = self.objects.get(object) else { continue };
+            let (key, ready, asked) = (key.clone(), ready.clone(), *asked);
+            self.forget_object(&key);
+            let remade = self.make_object(key, id, ready);
+            if let Some(object) = remade.and_then(|object| self.objects.get_mut(object)) {
+                object.asked = asked;
+            }
+        }
+        Ok(())
+    }
+
     fn remove_blob(&mut self, blob: BlobId) -> Result<(), DriverError> {
         if self.fanotify.as_ref().is_some_and(|fanotify| fanotify.state(blob).is_some()) {
             return Err(DriverError::Busy { blob, why: "its file is watched" });
@@ -223,7 +253,7 @@ impl Driver {
         let Some(fanotify) = &mut self.fanotify else { return };
         for blob in self.waiting.unwatches.keys() {
             let object = self.objects.find(&FileKey::Fanotify(*blob)).and_then(|id| self.objects.get(id));
-            let idle = object.is_none_or(super::objects::Object::is_idle);
+            let idle = object.is_none_or(Object::is_idle);
             if fanotify.state(*blob) != Some(WatchState::Watched) || !idle {
                 continue;
             }

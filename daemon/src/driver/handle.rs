@@ -17,6 +17,7 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T, DriverError>>;
 /// A request to the driver thread; each carries the way back for its answer.
 pub(crate) enum Command {
     AddBlob { spec: BlobSpec, ready: ReadyBits, sources: Vec<Arc<dyn Source>>, reply: Reply<()> },
+    SetChunks { spec: BlobSpec, reply: Reply<()> },
     RemoveBlob { blob: BlobId, reply: Reply<()> },
     Watch { blob: BlobId, writer: OwnedFd, reply: Reply<()> },
     Unwatch { blob: BlobId, reply: Reply<()> },
@@ -56,6 +57,14 @@ impl Handle {
         sources: Vec<Arc<dyn Source>>,
     ) -> Result<(), DriverError> {
         self.ask(|reply| Command::AddBlob { spec, ready, sources, reply }).await
+    }
+
+    /// Makes `spec` all that is needed of a known blob, after an unmount: chunks that it does not name are forgotten, so
+    /// that the blob can become complete without them. Their bytes stay in the files, and what is ready stays so.
+    ///
+    /// [`DriverError::Busy`] while the blob is being read or filled; nothing has changed then, so try again later.
+    pub async fn set_chunks(&self, spec: BlobSpec) -> Result<(), DriverError> {
+        self.ask(|reply| Command::SetChunks { spec, reply }).await
     }
 
     /// Forgets a blob. [`DriverError::Busy`] while it is watched or open in the kernel.

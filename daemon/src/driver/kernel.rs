@@ -239,14 +239,15 @@ impl Driver {
         self.parked.clear();
     }
 
-    pub(super) fn make_object(&mut self, key: FileKey, blob: BlobId, ready: ReadyBits) {
-        let Some(known) = self.blobs.get(&blob) else { return };
+    pub(super) fn make_object(&mut self, key: FileKey, blob: BlobId, ready: ReadyBits) -> Option<ObjectId> {
+        let known = self.blobs.get(&blob)?;
         let (spec, sources) = (known.spec.clone(), known.sources.len());
         let (chunks, set) = engine_view(&spec, &ready);
         let object = self.objects.insert(key, blob, spec, ready);
         self.input(Input::AddObject { object, chunks, ready: set });
         let count = u32::try_from(sources).unwrap_or(u32::MAX);
         self.input(Input::SetSources { object, count });
+        Some(object)
     }
 
     pub(super) fn forget_object(&mut self, key: &FileKey) {
