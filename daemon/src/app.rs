@@ -112,7 +112,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         stopped.context("the keeper could not be stopped")?;
     }
     // First the one that explains the others.
-    thread_result.context("mounts and keeper stay; reads that wait go on when skimmerd runs again")?;
+    thread_result.context("mounts stay; reads that wait go on when skimmerd runs again")?;
     ended?;
     served?;
     tracing::info!("ended");

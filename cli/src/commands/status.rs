@@ -49,6 +49,9 @@ fn print(status: &StatusReport) -> Result<()> {
             output::bytes(ready),
             output::bytes(all)
         ))?;
+        if let Some(fault) = &mount.fault {
+            output::line(&format!("  not served: {fault}"))?;
+        }
         for blob in mine {
             if let Some(fault) = &blob.fault {
                 output::line(&format!("  blob {}: {fault}", blob.id))?;

@@ -12,7 +12,7 @@ use super::objects::{FileKey, engine_view};
 use super::{Driver, DriverError, KEEPER, KEEPER_ROOM};
 use crate::blob::{BlobId, ReadyBits};
 use crate::frontend::Mode;
-use crate::frontend::fanotify::Told;
+use crate::frontend::fanotify::{Fanotify, Told};
 use crate::metrics::{ReadResult, RequestKind};
 use crate::ring::For;
 
@@ -88,9 +88,16 @@ impl Driver {
     }
 
     /// Without the keeper nothing can be watched or answered any more, and misses would hang or read zeros: the
-    /// driver ends, so that the daemon is started anew with another keeper.
+    /// driver ends, so that the daemon is started anew with another keeper. With fscache alone it goes on: it is the
+    /// last holder of the device then, and its end would fail every mount.
     pub(super) fn keeper_lost(&mut self, error: &KeeperError) {
         self.waiting.fail_keeper(error);
+        let watches = self.fanotify.as_ref().is_some_and(Fanotify::watches_anything);
+        if self.fscache.is_some() && !watches {
+            self.fanotify = None;
+            let why = "fscache mounts go on, but fail when skimmerd ends: unmount them before that";
+            return self.fault(None, &format!("{error}; {why}"));
+        }
         self.fail(DriverError::KeeperLost(error.to_string()));
     }
 

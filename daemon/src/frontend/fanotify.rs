@@ -112,6 +112,11 @@ impl Fanotify {
         self.blobs.get(&blob).map(|watched| watched.state)
     }
 
+    /// Whether any file may raise events.
+    pub(crate) fn watches_anything(&self) -> bool {
+        !self.files.is_empty() || !self.strangers.is_empty()
+    }
+
     /// The blob of a watched file.
     pub(crate) fn blob(&self, file: FileId) -> Option<BlobId> {
         self.files.get(&file).copied()

@@ -105,6 +105,8 @@ struct State {
     tracked: HashSet<(Mode, BlobId)>,
     /// Blob files that raise events.
     watched: HashSet<BlobId>,
+    /// Blobs that a superblock which is gone had needed more of, maybe.
+    shrinking: HashSet<BlobId>,
     /// fscache cookies that may be opened.
     cookies: HashSet<String>,
     /// Whether the cachefiles device is ours.

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use skimmer_client::{AttachMode, Mount, ShutdownReport};
 
 use super::{Failure, Kind, Mounts, State, VOLUME, bdi, kernel, mountinfo};
-use crate::blob::BlobId;
+use crate::blob::{BlobId, BlobSpec};
 use crate::driver::DriverError;
 use crate::frontend::Mode;
 
@@ -142,6 +142,7 @@ impl Mounts {
         let before = state.attachments.len();
         let present = mountinfo::erofs_mounts();
         let mut gone: Vec<String> = Vec::new();
+        let mut shrinking: Vec<BlobId> = Vec::new();
         state.attachments.retain(|attachment| {
             let record = &attachment.record;
             let alive = attachment.rising.is_some()
@@ -155,10 +156,12 @@ impl Mounts {
                 };
             if !alive {
                 gone.push(record.bootstrap.clone());
+                shrinking.extend(attachment.specs.iter().map(|spec| spec.id));
             }
             alive
         });
         if state.attachments.len() != before {
+            state.shrinking.extend(shrinking);
             self.save(state, false)?;
             for bootstrap in gone {
                 if !state.attachments.iter().any(|a| a.record.bootstrap == bootstrap) {
@@ -168,6 +171,7 @@ impl Mounts {
             self.forget_secrets(state);
         }
         self.release_unused(state).await;
+        self.shrink(state).await;
         Ok(())
     }
 
@@ -203,6 +207,33 @@ impl Mounts {
             if free && later(blob, self.driver.remove_blob(blob).await) {
                 state.known.remove(&blob);
                 self.set_complete(blob, false);
+            }
+        }
+    }
+
+    /// Lets blobs become complete without what only superblocks that are gone had needed.
+    async fn shrink(&self, state: &mut State) {
+        let blobs: Vec<BlobId> = state.shrinking.iter().copied().collect();
+        for blob in blobs {
+            // A mount that could not be picked up may need more than is known.
+            if state.attachments.iter().any(|attachment| attachment.may_have(blob)) {
+                continue;
+            }
+            let specs = state.attachments.iter().flat_map(|attachment| &attachment.specs);
+            let mut needed = specs.filter(|spec| spec.id == blob).cloned();
+            let merged =
+                needed.next().map(|first| needed.try_fold(first, |all: BlobSpec, spec| all.merged(&spec)));
+            let done = match merged {
+                // Nobody needs it: it goes as a whole.
+                None => true,
+                Some(Ok(spec)) => later(blob, self.driver.set_chunks(spec).await),
+                Some(Err(error)) => {
+                    tracing::warn!("{error}");
+                    true
+                }
+            };
+            if done {
+                state.shrinking.remove(&blob);
             }
         }
     }
