@@ -113,7 +113,9 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
         let (output, bar) = (output.clone(), Bar(bar.clone()));
         tokio::task::spawn_blocking(move || skimmer_mkfs::convert(input, &output, &mkfs, &bar))
             .await
-            .context("the conversion ended early")??
+            .context("the conversion ended early")?
+            // An image from a registry is converted from a work copy, which the error would name alone.
+            .with_context(|| format!("converting {}", options.source))?
     };
     match &destination {
         Reference::Registry(name) => {
