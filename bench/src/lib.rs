@@ -1,4 +1,11 @@
-//! What measurements stand on: the emulated link, and micro benches beside it.
+//! What measurements stand on: scenarios, their runner and results, and the emulated link.
 #![forbid(unsafe_code)]
 
+pub mod build;
+pub mod cold;
+pub mod density;
 pub mod link;
+pub mod record;
+pub mod run;
+pub mod scenario;
+pub mod warm;
