@@ -3,8 +3,10 @@
 
 pub mod build;
 pub mod cold;
+pub mod content;
 pub mod density;
 pub mod link;
+pub mod probe;
 pub mod record;
 pub mod run;
 pub mod scenario;

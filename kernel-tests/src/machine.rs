@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -38,6 +38,93 @@ pub enum Running<'a> {
     Guest(Pending<'a>),
 }
 
+/// A guest to boot.
+#[derive(Debug, Clone)]
+pub struct GuestSpec {
+    /// A name of `kernels.toml`.
+    pub kernel: String,
+    /// The first process: `skimmer-agent`.
+    pub agent: PathBuf,
+    /// Programs that go to `/bin`.
+    pub programs: Vec<PathBuf>,
+    /// Disks to mount, in order.
+    pub disks: Vec<GuestDisk>,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Ports of the guest's loopback that lead to the same ports of ours.
+    pub ports: Vec<u16>,
+}
+
+/// A disk of a guest, holding ext4.
+#[derive(Debug, Clone)]
+pub struct GuestDisk {
+    /// At most 20 characters.
+    pub name: &'static str,
+    /// The raw image.
+    pub path: PathBuf,
+    /// Where it is mounted; made when absent.
+    pub mount: String,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+}
+
+impl GuestDisk {
+    /// A disk that may be written.
+    #[must_use]
+    pub fn new(name: &'static str, path: &Path, mount: &str) -> Self {
+        GuestDisk { name, path: path.to_owned(), mount: mount.to_owned(), read_only: false }
+    }
+}
+
+impl GuestSpec {
+    /// A guest of 2 GiB without disks.
+    #[must_use]
+    pub fn new(kernel: &str, agent: &Path, programs: Vec<PathBuf>) -> Self {
+        GuestSpec {
+            kernel: kernel.to_owned(),
+            agent: agent.to_owned(),
+            programs,
+            disks: Vec::new(),
+            memory_mib: 2048,
+            ports: Vec::new(),
+        }
+    }
+
+    /// Boots it and mounts its disks.
+    ///
+    /// # Errors
+    /// A program is missing, or the guest does not come up.
+    pub fn boot(&self) -> Result<Machine> {
+        let kernel = skimmer_vm_images::prepare(&self.kernel)?;
+        let mut root = GuestRoot::new(&self.agent);
+        for program in &self.programs {
+            root.program(program)?;
+        }
+        let initramfs = root.build(&kernel)?;
+        let mut config = BootConfig::new(&kernel, &initramfs);
+        config.memory_mib = self.memory_mib;
+        for disk in &self.disks {
+            config = config.disk(disk.name, &disk.path, disk.read_only);
+        }
+        let vm = Vm::boot(&config)?;
+        eprintln!("{}: up after {:?}", vm.guest().release, vm.guest().boot_time);
+        for port in &self.ports {
+            vm.forward(*port)?;
+        }
+        let devices = vm.guest().disks.clone();
+        let machine = Machine::Guest(vm);
+        let short = Duration::from_secs(60);
+        for disk in &self.disks {
+            let device = devices.get(disk.name);
+            let device = device.with_context(|| format!("the guest does not see its disk {}", disk.name))?;
+            machine.check(&["mkdir", "-p", &disk.mount], short)?;
+            let options = if disk.read_only { "ro,noload" } else { "rw" };
+            machine.check(&["mount", "-t", "ext4", "-o", options, device, &disk.mount], short)?;
+        }
+        Ok(machine)
+    }
+}
+
 impl Machine {
     /// This machine.
     #[must_use]
@@ -51,22 +138,11 @@ impl Machine {
     /// # Errors
     /// A program is missing, or the guest does not come up.
     pub fn guest(name: &str, agent: &Path, disk: &Path, cache_bytes: u64, port: u16) -> Result<Self> {
-        let kernel = skimmer_vm_images::prepare(name)?;
-        let mut root = GuestRoot::new(agent);
-        for program in programs()? {
-            root.program(&program)?;
-        }
-        let initramfs = root.build(&kernel)?;
         disk::empty(disk, cache_bytes)?;
-        let vm = Vm::boot(&BootConfig::new(&kernel, &initramfs).disk("cache", disk, false))?;
-        eprintln!("{}: up after {:?}", vm.guest().release, vm.guest().boot_time);
-        vm.forward(port)?;
-        let device = vm.guest().disks.get("cache").context("the guest does not see its disk")?.clone();
-        let machine = Machine::Guest(vm);
-        let short = Duration::from_secs(30);
-        machine.check(&["mkdir", "/cache"], short)?;
-        machine.check(&["mount", "-t", "ext4", &device, "/cache"], short)?;
-        Ok(machine)
+        let mut spec = GuestSpec::new(name, agent, programs()?);
+        spec.disks.push(GuestDisk::new("cache", disk, "/cache"));
+        spec.ports.push(port);
+        spec.boot()
     }
 
     /// The last lines of its kernel's log.

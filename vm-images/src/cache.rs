@@ -26,40 +26,50 @@ pub fn root() -> Result<PathBuf> {
 }
 
 /// A content key over length-prefixed parts.
-pub(crate) struct Key(Sha256);
+pub struct Key(Sha256);
 
 impl Key {
     /// A key of its own kind: equal parts under another `kind` give another key.
-    pub(crate) fn new(kind: &str) -> Self {
+    #[must_use]
+    pub fn new(kind: &str) -> Self {
         let mut key = Key(Sha256::new());
         key.add(kind.as_bytes());
         key
     }
 
-    pub(crate) fn add(&mut self, part: &[u8]) {
+    /// Adds a part.
+    pub fn add(&mut self, part: &[u8]) {
         self.0.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_le_bytes());
         self.0.update(part);
     }
 
     /// 32 hex digits.
-    pub(crate) fn finish(self) -> String {
+    #[must_use]
+    pub fn finish(self) -> String {
         hex::encode(&self.0.finalize()[..16])
     }
 }
 
 /// One directory of the cache: there and complete, or not there.
-pub(crate) struct Entry {
+pub struct Entry {
     directory: PathBuf,
 }
 
 impl Entry {
-    pub(crate) fn new(kind: &str, key: &str) -> Result<Self> {
+    /// The entry `key` among those of a `kind`.
+    ///
+    /// # Errors
+    /// There is no place for the cache.
+    pub fn new(kind: &str, key: &str) -> Result<Self> {
         Ok(Entry { directory: root()?.join(kind).join(key) })
     }
 
     /// The finished directory; `make` fills a fresh one first when it is not there. Other processes that want the
     /// same entry wait.
-    pub(crate) fn get_or_make(self, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// `make` fails, or the directory cannot be put in its place.
+    pub fn get_or_make(self, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         if self.directory.is_dir() {
             return Ok(self.directory);
         }
@@ -88,7 +98,10 @@ pub(crate) fn lock(path: &Path) -> Result<File> {
 }
 
 /// Keeps the `keep` entries of a kind that were used last, and deletes the others.
-pub(crate) fn prune(kind: &str, keep: usize) -> Result<()> {
+///
+/// # Errors
+/// The cache cannot be listed.
+pub fn prune(kind: &str, keep: usize) -> Result<()> {
     let directory = root()?.join(kind);
     let mut entries = Vec::new();
     for entry in fs::read_dir(&directory)? {

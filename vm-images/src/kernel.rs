@@ -8,13 +8,15 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::apt;
+use crate::apt::{self, Archive};
 use crate::cache::{self, Entry, Key};
 use crate::process::run;
 use crate::recipe::{AttachMode, Recipe, recipe};
 
 /// Part of every key: raise it when the same recipe must give another result.
 const BUILDER: &str = "1";
+/// Taken from this machine's own release for every guest.
+const BUSYBOX: &str = "busybox-static";
 
 /// A kernel on disk, ready to boot.
 #[derive(Debug, Clone)]
@@ -99,12 +101,13 @@ fn pinned(recipe: &Recipe) -> Result<Resolution> {
             .with_context(|| format!("{} is damaged: delete it and try again", path.display()));
     }
     let _lock = cache::lock(&path.with_extension("lock"))?;
-    let resolution = match resolve(recipe) {
+    let archive = Archive::open(recipe.archive.as_deref())?;
+    let resolution = match resolve(recipe, &archive) {
         Ok(resolution) if !refresh => resolution,
         // Old lists or none at all.
         _ => {
-            apt::update()?;
-            resolve(recipe)?
+            archive.update()?;
+            resolve(recipe, &archive)?
         }
     };
     let mut file = tempfile::NamedTempFile::new_in(&pins)?;
@@ -114,11 +117,11 @@ fn pinned(recipe: &Recipe) -> Result<Resolution> {
 }
 
 /// Finds the newest kernel package for which everything else is there in the same version.
-fn resolve(recipe: &Recipe) -> Result<Resolution> {
+fn resolve(recipe: &Recipe, archive: &Archive) -> Result<Resolution> {
     let mut candidates = Vec::new();
-    for package in apt::names(&recipe.image_prefix())? {
+    for package in archive.names(&recipe.image_prefix())? {
         if let Some(release) = recipe.release_of(&package)
-            && let Some(version) = apt::versions(&package)?.into_iter().next()
+            && let Some(version) = archive.versions(&package)?.into_iter().next()
         {
             candidates.push((version, release.to_owned(), package));
         }
@@ -128,27 +131,30 @@ fn resolve(recipe: &Recipe) -> Result<Resolution> {
     });
     for (version, release, image) in candidates {
         let mut packages = vec![(image, version.clone())];
-        let fixed = [&recipe.headers, &recipe.source];
+        let fixed = [&recipe.module_package, &recipe.headers, &recipe.source];
         for pattern in fixed.into_iter().flatten() {
             packages.push((pattern.replace("{release}", &release), version.clone()));
         }
-        if !packages[1..].iter().all(|(package, version)| has_version(package, version)) {
+        if !packages[1..].iter().all(|(package, version)| has_version(archive, package, version)) {
             continue;
         }
         if let Some(headers) = &recipe.headers {
-            for package in apt::depends(&headers.replace("{release}", &release), &version)? {
+            for package in archive.depends(&headers.replace("{release}", &release), &version)? {
                 if !["linux-headers-", "linux-kbuild-"].iter().any(|prefix| package.starts_with(prefix)) {
                     continue;
                 }
-                let same = has_version(&package, &version).then(|| version.clone());
-                let newest = || apt::versions(&package).ok()?.into_iter().next();
+                let same = has_version(archive, &package, &version).then(|| version.clone());
+                let newest = || archive.versions(&package).ok()?.into_iter().next();
                 let version = same.or_else(newest).with_context(|| format!("no package {package}"))?;
                 packages.push((package, version));
             }
         }
-        let busybox =
-            apt::versions("busybox-static")?.into_iter().next().context("no package busybox-static")?;
-        packages.push(("busybox-static".to_owned(), busybox));
+        let busybox = Archive::open(None)?
+            .versions(BUSYBOX)?
+            .into_iter()
+            .next()
+            .context("no package busybox-static")?;
+        packages.push((BUSYBOX.to_owned(), busybox));
         packages.sort();
         return Ok(Resolution { release, version, packages });
     }
@@ -161,8 +167,8 @@ fn resolve(recipe: &Recipe) -> Result<Resolution> {
     )
 }
 
-fn has_version(package: &str, version: &str) -> bool {
-    apt::versions(package).is_ok_and(|versions| versions.iter().any(|have| have == version))
+fn has_version(archive: &Archive, package: &str, version: &str) -> bool {
+    archive.versions(package).is_ok_and(|versions| versions.iter().any(|have| have == version))
 }
 
 fn build(recipe: &Recipe, resolution: &Resolution, into: &Path) -> Result<()> {
@@ -176,9 +182,11 @@ fn build(recipe: &Recipe, resolution: &Resolution, into: &Path) -> Result<()> {
     let tree = scratch.path().join("tree");
     fs::create_dir(&debs)?;
     fs::create_dir(&tree)?;
+    let (own, archive) = (Archive::open(None)?, Archive::open(recipe.archive.as_deref())?);
     let mut source = None;
     for (package, version) in &resolution.packages {
-        let deb = apt::download(package, version, &debs)?;
+        let archive = if package == BUSYBOX { &own } else { &archive };
+        let deb = archive.download(package, version, &debs)?;
         if Some(package) == recipe.source.as_ref() {
             source = Some(deb);
         } else {
@@ -193,7 +201,7 @@ fn build(recipe: &Recipe, resolution: &Resolution, into: &Path) -> Result<()> {
         let headers = headers.replace("{release}", &resolution.release);
         rebuilt = rebuild(recipe, source, &tree, &headers, scratch.path())?;
     }
-    let packaged = find_modules(&tree.join("lib/modules").join(&resolution.release))?;
+    let packaged = find_modules(&merged(&tree, "lib/modules").join(&resolution.release))?;
     let mut names = Vec::new();
     for (index, module) in recipe.modules.iter().enumerate() {
         let name = format!("{index:02}-{module}.ko");
@@ -210,9 +218,11 @@ fn build(recipe: &Recipe, resolution: &Resolution, into: &Path) -> Result<()> {
         }
         names.push(name);
     }
-    let vmlinuz = tree.join("boot").join(format!("vmlinuz-{}", resolution.release));
+    let boot = tree.join("boot").join(format!("vmlinuz-{}", resolution.release));
+    let usr = merged(&tree, "lib/modules").join(&resolution.release).join("vmlinuz");
+    let vmlinuz = if boot.exists() { boot } else { usr };
     fs::copy(&vmlinuz, into.join("vmlinuz")).with_context(|| format!("{}", vmlinuz.display()))?;
-    fs::copy(tree.join("bin/busybox"), into.join("busybox"))
+    fs::copy(merged(&tree, "bin/busybox"), into.join("busybox"))
         .context("busybox-static holds no bin/busybox")?;
     let (release, version) = (resolution.release.clone(), resolution.version.clone());
     fs::write(
@@ -220,6 +230,12 @@ fn build(recipe: &Recipe, resolution: &Resolution, into: &Path) -> Result<()> {
         serde_json::to_vec_pretty(&Manifest { release, version, modules: names })?,
     )?;
     Ok(())
+}
+
+/// `path` of an unpacked tree, below `usr` where newer packages put it.
+fn merged(tree: &Path, path: &str) -> PathBuf {
+    let old = tree.join(path);
+    if old.exists() { old } else { tree.join("usr").join(path) }
 }
 
 /// Builds the recipe's modules outside the kernel tree; gives (name, path).

@@ -8,6 +8,7 @@
 pub mod apt;
 pub mod cache;
 mod channel;
+pub mod debian;
 pub mod disk;
 mod guest;
 mod kernel;

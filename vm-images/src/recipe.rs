@@ -37,8 +37,14 @@ pub struct Recipe {
     pub release_prefix: String,
     /// What the release ends with.
     pub release_suffix: String,
+    /// The suite whose packages are taken, by package lists of our own; absent: what this machine's apt knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archive: Option<String>,
     /// The kernel package, `{release}` standing for the release.
     pub image: String,
+    /// The package of its modules where they have one of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub module_package: Option<String>,
     /// The header package of the flavour; absent when nothing is rebuilt.
     pub headers: Option<String>,
     /// The source package; absent when nothing is rebuilt.

@@ -1,0 +1,63 @@
+//! skimmer-probe: the workloads of benches; prints what it measured as one JSON object.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use skimmer_bench::probe::{self, ReadOptions, StartOptions};
+
+/// The workloads of benches.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Read a file block by block and time each read
+    Read(ReadOptions),
+    /// List a directory tree with the attributes of every name
+    Walk {
+        /// Its root
+        directory: PathBuf,
+    },
+    /// Read everything below a directory and digest it
+    Sum {
+        /// Its root
+        directory: PathBuf,
+        /// A name of its top to leave out (repeatable)
+        #[arg(long)]
+        without: Vec<String>,
+    },
+    /// Start a program and time its first right output
+    Start(StartOptions),
+    /// Tell what processes use
+    Usage {
+        /// Their ids
+        #[arg(required = true)]
+        pids: Vec<u32>,
+    },
+    /// Forget all that the kernel keeps in memory of files
+    DropCaches,
+}
+
+fn main() -> Result<()> {
+    let value = match Arguments::parse().action {
+        Action::Read(options) => serde_json::to_value(probe::read(&options)?)?,
+        Action::Walk { directory } => serde_json::to_value(probe::walk(&directory)?)?,
+        Action::Sum { directory, without } => serde_json::to_value(probe::sum(&directory, &without)?)?,
+        Action::Start(options) => serde_json::to_value(probe::start(&options)?)?,
+        Action::Usage { pids } => serde_json::to_value(probe::usage(&pids)?)?,
+        Action::DropCaches => {
+            rustix::fs::sync();
+            std::fs::write("/proc/sys/vm/drop_caches", "3")
+                .context("cannot drop the page cache (needs root)")?;
+            serde_json::Value::Null
+        }
+    };
+    println!("{value}");
+    Ok(())
+}
