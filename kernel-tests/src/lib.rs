@@ -3,13 +3,13 @@
 //! * [`tree`] lists directory trees canonically and names every difference between two of them.
 //! * [`agent`] is the guest's side of [`skimmer_vm_images::Vm`].
 //! * [`skips`] records a test that cannot run here, so that it is counted and not forgotten.
-//! * [`demo_image`] makes the demo's image of Debian packages.
+//! * [`debian_image`] makes images of Debian packages.
 //! * [`fixture`] and [`registry`] make a hard OCI image and serve it; [`machine`] and [`skimmer`] run our programs on it,
 //!   on the host and in guests alike.
 #![forbid(unsafe_code)]
 
 pub mod agent;
-pub mod demo_image;
+pub mod debian_image;
 pub mod fixture;
 pub mod machine;
 pub mod registry;

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use kernel_tests::demo_image;
+use kernel_tests::debian_image::{self, PYTHON, TAG};
 use serde_json::Value;
 use skimmer_bench::link::{Link, Shape};
 use skimmer_vm_images::apt;
@@ -46,7 +46,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     run::check(run::cargo(&["build", "--quiet", "--bins"]).args(packages))?;
     // The programs we run get the interrupt too; what fails then goes the way of every failure, clean-up included.
     ctrlc::set_handler(|| eprintln!("interrupted, cleaning up")).context("cannot handle interrupts")?;
-    let layout = demo_image::prepare()?;
+    let layout = debian_image::prepare(&PYTHON)?;
     let work = tempfile::Builder::new().prefix("skimmer-demo").tempdir()?;
     let shape = Shape {
         bits_per_second: options.mbit * 1_000_000,
@@ -98,7 +98,7 @@ impl Demo<'_> {
         let local = Registry::local();
         let converted = self.work.join("converted");
         let start = Instant::now();
-        let source = format!("oci:{}:{}", layout.display(), demo_image::TAG);
+        let source = format!("oci:{}:{}", layout.display(), TAG);
         let report = run::output(self.skimmer_command(&["convert", "--json", &source]).arg(&converted))?;
         let report: Value = serde_json::from_str(&report).context("convert --json printed no JSON")?;
         println!(
@@ -256,7 +256,7 @@ impl Demo<'_> {
     }
 
     fn print(&self, shape: Shape) {
-        println!("\nTime to first output of {:?} and bytes moved, {shape}:\n", demo_image::RUN.join(" "));
+        println!("\nTime to first output of {:?} and bytes moved, {shape}:\n", PYTHON.run.join(" "));
         println!("| {:42} | {:>14} | {:>12} | {:>7} |", "", "first output", "moved", "ratio");
         println!("|{:-<44}|{:->16}|{:->14}|{:->9}|", "", ":", ":", ":");
         let slowest = self.rows.first().map_or(1.0, |row| row.first_output.as_secs_f64());
@@ -277,17 +277,17 @@ fn mebibytes(bytes: u64) -> f64 {
 fn run_program(root: &Path) -> Result<()> {
     let output = Command::new("chroot")
         .arg(root)
-        .args(demo_image::RUN)
+        .args(PYTHON.run)
         .env_clear()
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         .stdin(Stdio::null())
         .output()
         .context("cannot run chroot")?;
     let stdout = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() || !stdout.contains(demo_image::EXPECTED) {
+    if !output.status.success() || !stdout.contains(PYTHON.expect) {
         bail!(
             "{:?} in {}: {}\n{stdout}{}",
-            demo_image::RUN,
+            PYTHON.run,
             root.display(),
             output.status,
             String::from_utf8_lossy(&output.stderr)

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use kernel_tests::demo_image::{self, TAG};
+use kernel_tests::debian_image::{self, PYTHON, TAG};
 use kernel_tests::fixture::unpack;
 use kernel_tests::machine::Machine;
 use kernel_tests::registry::Registry;
@@ -47,7 +47,7 @@ struct Stage {
 
 impl Stage {
     fn set(scratch: &Path) -> Result<Self> {
-        let layout = demo_image::prepare()?;
+        let layout = debian_image::prepare(&PYTHON)?;
         let oracle = list(&unpack(&layout, TAG, &scratch.join("bundle"))?)?;
         let bytes: u64 = oracle.iter().filter(|entry| entry.kind == Kind::File).map(|entry| entry.size).sum();
         eprintln!("  {} names, {bytes} bytes in files", oracle.len());
