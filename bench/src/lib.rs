@@ -4,6 +4,7 @@
 pub mod build;
 pub mod cold;
 pub mod content;
+pub mod data;
 pub mod density;
 pub mod link;
 pub mod probe;

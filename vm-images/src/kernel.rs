@@ -186,7 +186,11 @@ fn build(recipe: &Recipe, resolution: &Resolution, into: &Path) -> Result<()> {
     let mut source = None;
     for (package, version) in &resolution.packages {
         let archive = if package == BUSYBOX { &own } else { &archive };
-        let deb = archive.download(package, version, &debs)?;
+        let deb = archive.download(package, version, &debs).or_else(|first| {
+            // Lists that were deleted, or that no longer lead to the package.
+            archive.update().with_context(|| format!("after {first:#}"))?;
+            archive.download(package, version, &debs)
+        })?;
         if Some(package) == recipe.source.as_ref() {
             source = Some(deb);
         } else {
