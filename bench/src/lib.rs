@@ -9,6 +9,8 @@ pub mod density;
 pub mod link;
 pub mod probe;
 pub mod record;
+pub mod report;
 pub mod run;
 pub mod scenario;
+pub mod stats;
 pub mod warm;

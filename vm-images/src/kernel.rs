@@ -223,8 +223,9 @@ fn build(recipe: &Recipe, resolution: &Resolution, into: &Path) -> Result<()> {
         names.push(name);
     }
     let boot = tree.join("boot").join(format!("vmlinuz-{}", resolution.release));
-    let usr = merged(&tree, "lib/modules").join(&resolution.release).join("vmlinuz");
-    let vmlinuz = if boot.exists() { boot } else { usr };
+    // Where packages since 7.2 put it.
+    let beside = merged(&tree, "lib/modules").join(&resolution.release).join("vmlinuz.unsigned");
+    let vmlinuz = if boot.exists() { boot } else { beside };
     fs::copy(&vmlinuz, into.join("vmlinuz")).with_context(|| format!("{}", vmlinuz.display()))?;
     fs::copy(merged(&tree, "bin/busybox"), into.join("busybox"))
         .context("busybox-static holds no bin/busybox")?;
