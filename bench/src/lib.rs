@@ -3,9 +3,11 @@
 
 pub mod build;
 pub mod cold;
+pub mod contender;
 pub mod content;
 pub mod data;
 pub mod density;
+pub mod fuse;
 pub mod link;
 pub mod probe;
 pub mod record;

@@ -1,9 +1,10 @@
 //! `cargo xtask docs`: the parts of `docs/` that the programs themselves know best.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use skimmer_bench::report;
 
 use crate::run;
 
@@ -18,7 +19,11 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     run::check(&mut run::cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
     let mut stale = Vec::new();
-    for (name, text) in [("cli.md", cli()?), ("configuration.md", configuration()?)] {
+    let mut documents = vec![("cli.md", cli()?), ("configuration.md", configuration()?)];
+    if results().exists() {
+        documents.push(("performance.md", report::performance(&report::page(&report::read(&results())?))));
+    }
+    for (name, text) in documents {
         let path = run::workspace().join("docs").join(name);
         if options.check {
             if fs::read_to_string(&path).unwrap_or_default() != text {
@@ -32,6 +37,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         bail!("docs/{} is out of date; run: cargo xtask docs", stale.join(", docs/"));
     }
     Ok(())
+}
+
+/// The run that `docs/performance.md` shows.
+pub(crate) fn results() -> PathBuf {
+    run::workspace().join("docs/performance/results.jsonl")
 }
 
 fn help(program: &Path, args: &[&str]) -> Result<String> {

@@ -1,6 +1,7 @@
 //! The project's own commands, run as `cargo xtask NAME`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod demo;
 mod docs;
 mod run;
@@ -16,6 +17,8 @@ enum Command {
     Test(test::Options),
     /// Write the parts of docs/ that the programs know best.
     Docs(docs::Options),
+    /// Measure Skimmer beside what a user would pick instead, and write a report.
+    Bench(bench::Options),
     /// Start a container's program from a registry over a slow link, ours against pull-everything.
     Demo(demo::Options),
 }
@@ -24,6 +27,7 @@ fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::Test(options) => test::run(&options),
         Command::Docs(options) => docs::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Demo(options) => demo::run(&options),
     }
 }

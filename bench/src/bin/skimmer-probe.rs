@@ -40,6 +40,16 @@ enum Action {
         #[arg(required = true)]
         pids: Vec<u32>,
     },
+    /// Mount by the system call itself: mount(8) makes a loop device where a file would do
+    Mount {
+        /// The file system's type
+        #[arg(long, short = 't')]
+        kind: String,
+        /// What to mount
+        source: PathBuf,
+        /// Where
+        target: PathBuf,
+    },
     /// Forget all that the kernel keeps in memory of files
     DropCaches,
 }
@@ -51,6 +61,11 @@ fn main() -> Result<()> {
         Action::Sum { directory, without } => serde_json::to_value(probe::sum(&directory, &without)?)?,
         Action::Start(options) => serde_json::to_value(probe::start(&options)?)?,
         Action::Usage { pids } => serde_json::to_value(probe::usage(&pids)?)?,
+        Action::Mount { kind, source, target } => {
+            rustix::mount::mount(&source, &target, kind, rustix::mount::MountFlags::RDONLY, None)
+                .with_context(|| format!("mount of {}", source.display()))?;
+            serde_json::Value::Null
+        }
         Action::DropCaches => {
             rustix::fs::sync();
             std::fs::write("/proc/sys/vm/drop_caches", "3")
