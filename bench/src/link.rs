@@ -31,7 +31,7 @@ pub struct Shape {
     pub bits_per_second: u64,
     /// One-way delay: half the round trip.
     pub delay: Duration,
-    /// Packets lost of 1,000, spread evenly.
+    /// Packets lost of 1,000, at random; the same ones in every run.
     pub loss_per_mille: u32,
 }
 
@@ -58,24 +58,25 @@ pub struct Link {
 }
 
 impl Link {
-    /// Makes network namespace `namespace` (it must not exist) and a link to it. Needs root. `subnet` tells links of
-    /// one machine apart: addresses are taken from the benchmarking range 198.18.0.0/15 (RFC 2544).
-    pub fn new(namespace: &str, subnet: u8, shape: Shape) -> Result<Self> {
-        let near = Ipv4Addr::new(198, 18, subnet, 1);
-        let far = Ipv4Addr::new(198, 18, subnet, 2);
-        let (near_name, far_name) = (format!("sk{subnet}near"), format!("sk{subnet}far"));
+    /// Makes network namespace `namespace` (it must not exist) and a link to it. Needs root. Addresses are taken from
+    /// the benchmarking range 198.18.0.0/15 (RFC 2544), a subnet that no other link of this machine has.
+    pub fn new(namespace: &str, shape: Shape) -> Result<Self> {
         ip(["netns", "add", namespace])?;
         // From here on a failure must take the namespace with it.
         let mut link = Self {
             namespace: namespace.to_owned(),
-            near,
-            far,
+            near: Ipv4Addr::UNSPECIFIED,
+            far: Ipv4Addr::UNSPECIFIED,
             to_far: Arc::new(Direction::default()),
             to_near: Arc::new(Direction::default()),
             stop: Arc::new(AtomicBool::new(false)),
             threads: Vec::new(),
         };
-        let near_device = Arc::new(tun(&near_name)?);
+        let (subnet, near_device) = free_subnet()?;
+        let (near, far) = (Ipv4Addr::new(198, 18, subnet, 1), Ipv4Addr::new(198, 18, subnet, 2));
+        (link.near, link.far) = (near, far);
+        let (near_name, far_name) = (format!("sk{subnet}near"), format!("sk{subnet}far"));
+        let near_device = Arc::new(near_device);
         let far_device = Arc::new(tun(&far_name)?);
         ip(["link", "set", &far_name, "netns", namespace])?;
         let (near_text, far_text) = (near.to_string(), far.to_string());
@@ -151,6 +152,26 @@ fn ip<const N: usize>(args: [&str; N]) -> Result<()> {
     Ok(())
 }
 
+/// The near device of a subnet that nothing on this machine uses.
+fn free_subnet() -> Result<(u8, SyncDevice)> {
+    let mut last = None;
+    for subnet in 0..=u8::MAX {
+        let name = format!("sk{subnet}near");
+        if std::path::Path::new("/sys/class/net").join(&name).exists() {
+            continue;
+        }
+        // Another process may have taken it meanwhile.
+        match tun(&name) {
+            Ok(device) => return Ok((subnet, device)),
+            Err(error) => last = Some(error),
+        }
+        if subnet > 16 && last.is_some() {
+            break;
+        }
+    }
+    Err(last.context("every subnet for links is in use")?)
+}
+
 fn tun(name: &str) -> Result<SyncDevice> {
     let device = DeviceBuilder::new()
         .name(name)
@@ -174,7 +195,7 @@ fn take_packets(from: &SyncDevice, direction: &Direction, shape: Shape, stop: &A
         u64::try_from(QUEUE.as_millis()).unwrap_or(u64::MAX).saturating_mul(shape.bits_per_second / 8000);
     let room = transmission(queue_bytes.max(QUEUE_FLOOR), shape.bits_per_second);
     let mut line_free = Instant::now();
-    let mut since_loss = 0_u32;
+    let mut random = 0x2545_F491_4F6C_DD1D_u64;
     let mut packet = vec![0_u8; usize::from(u16::MAX)];
     while !stop.load(Ordering::Relaxed) {
         if !wait(from, PollFlags::IN) {
@@ -183,9 +204,11 @@ fn take_packets(from: &SyncDevice, direction: &Direction, shape: Shape, stop: &A
         while let Ok(len) = from.recv(&mut packet) {
             let now = Instant::now();
             let start = line_free.max(now);
-            since_loss += shape.loss_per_mille;
-            if since_loss >= 1000 {
-                since_loss -= 1000;
+            // xorshift64 (Marsaglia 2003).
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            if random % 1000 < u64::from(shape.loss_per_mille) {
                 continue;
             }
             if start.duration_since(now) > room {

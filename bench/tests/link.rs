@@ -14,7 +14,7 @@ fn carries_bytes_at_the_rate_and_delay_it_states() {
     }
     let namespace = format!("skimmer-link-{}", std::process::id());
     let shape = Shape { bits_per_second: 80_000_000, delay: Duration::from_millis(5), loss_per_mille: 0 };
-    let link = Link::new(&namespace, 211, shape).unwrap();
+    let link = Link::new(&namespace, shape).unwrap();
     let far = link.far();
     let sent: Vec<u8> = (0..1_000_000_u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let payload = sent.clone();

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A running registry; killed when dropped.
 pub struct Registry {
     child: Child,
-    port: u16,
+    address: SocketAddr,
     log: PathBuf,
     marks: u32,
 }
@@ -31,7 +31,8 @@ impl Registry {
         let mut last = None;
         // Another process may take the free port before the registry does.
         for _ in 0..3 {
-            match Self::attempt(directory) {
+            let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+            match Self::start_by(Command::new("docker-registry"), directory, directory, address) {
                 Ok(registry) => return Ok(registry),
                 Err(error) => last = Some(error),
             }
@@ -39,18 +40,27 @@ impl Registry {
         Err(last.context("tried three times")?)
     }
 
-    fn attempt(directory: &Path) -> Result<Self> {
+    /// Starts one by `program` (docker-registry, perhaps elsewhere), to listen at `address`: its content is in
+    /// `content`, its configuration and log in `directory`.
+    ///
+    /// # Errors
+    /// As [`Registry::start`].
+    pub fn start_by(
+        mut program: Command,
+        directory: &Path,
+        content: &Path,
+        address: SocketAddr,
+    ) -> Result<Self> {
         fs::create_dir_all(directory)?;
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let storage = directory.join("storage");
+        let storage = content.join("storage");
         let configuration = format!(
             "version: 0.1\nlog: {{ level: warn }}\nstorage: {{ filesystem: {{ rootdirectory: {storage:?} }} }}\n\
-             http: {{ addr: \"127.0.0.1:{port}\" }}\n"
+             http: {{ addr: \"{address}\" }}\n"
         );
         let path = directory.join("config.yml");
         fs::write(&path, configuration)?;
         let log = directory.join("log");
-        let child = Command::new("docker-registry")
+        let child = program
             .arg("serve")
             .arg(&path)
             .stdin(Stdio::null())
@@ -58,30 +68,36 @@ impl Registry {
             .stderr(File::options().append(true).open(&log)?)
             .spawn()
             .with_context(|| format!("cannot start docker-registry (Debian package {PACKAGE})"))?;
-        let mut registry = Registry { child, port, log, marks: 0 };
+        let mut registry = Registry { child, address, log, marks: 0 };
         let deadline = Instant::now() + PATIENCE;
         while registry.get("/v2/").is_err() {
             if let Some(status) = registry.child.try_wait()? {
                 bail!("docker-registry ended with {status}:\n{}", registry.text());
             }
             if Instant::now() >= deadline {
-                bail!("docker-registry does not answer on port {port}:\n{}", registry.text());
+                bail!("docker-registry does not answer on {address}:\n{}", registry.text());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(registry)
     }
 
-    /// The port on 127.0.0.1.
+    /// Where it listens.
     #[must_use]
-    pub fn port(&self) -> u16 {
-        self.port
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
-    /// `127.0.0.1:port/name`.
+    /// The port.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// `address:port/name`.
     #[must_use]
     pub fn reference(&self, name: &str) -> String {
-        format!("127.0.0.1:{}/{name}", self.port)
+        format!("{}/{name}", self.address)
     }
 
     /// Every request line of the log so far, except those of this method: when it returns, all requests that were
@@ -114,7 +130,7 @@ impl Registry {
     }
 
     fn get(&self, path: &str) -> Result<()> {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
+        let address = self.address;
         let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;

@@ -52,6 +52,7 @@ pub struct Node<'a> {
     agent: String,
     directory: String,
     mounts: Vec<String>,
+    plain_http: bool,
 }
 
 impl<'a> Node<'a> {
@@ -76,7 +77,13 @@ impl<'a> Node<'a> {
             agent: agent.to_owned(),
             directory: directory.to_owned(),
             mounts: Vec::new(),
+            plain_http: false,
         })
+    }
+
+    /// Registries that are not on the loopback are reached over plain HTTP from now on.
+    pub fn plain_http(&mut self) {
+        self.plain_http = true;
     }
 
     /// Mounts `image` at `target` (made when absent), which starts the daemon when none runs.
@@ -86,7 +93,9 @@ impl<'a> Node<'a> {
     pub fn mount(&mut self, image: &str, target: &str, mode: &str) -> Result<()> {
         self.machine.check(&["mkdir", "-p", target], SHORT)?;
         let configuration = format!("{}/skimmerd.toml", self.directory);
-        self.skimmer(&["mount", image, target, "--mode", mode, "--config", &configuration])?;
+        let mut arguments = vec!["mount", image, target, "--mode", mode, "--config", &configuration];
+        arguments.extend(self.plain_http.then_some("--plain-http"));
+        self.skimmer(&arguments)?;
         self.mounts.push(target.to_owned());
         Ok(())
     }

@@ -1,21 +1,22 @@
 //! `cargo xtask demo`: a container's program starts from a real registry over a slow link, ours against
 //! pull-everything-and-unpack of the original image.
 
-mod registry;
-
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use kernel_tests::debian_image::{self, PYTHON, TAG};
+use kernel_tests::registry::Registry;
 use serde_json::Value;
 use skimmer_bench::link::{Link, Shape};
 use skimmer_vm_images::apt;
 
 use crate::run;
-use registry::Registry;
 
+/// The registry's port, at the far end.
+const PORT: u16 = 5000;
 const PACKAGES: &[&str] = &["docker-registry", "iproute2", "skopeo", "umoci"];
 
 /// The link of the demo.
@@ -54,8 +55,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         loss_per_mille: 0,
     };
     let namespace = format!("skimmer-demo-{}", std::process::id());
-    let link = Link::new(&namespace, 77, shape)?;
-    let registry = Registry::start(&link, work.path())?;
+    let link = Link::new(&namespace, shape)?;
+    let directory = work.path().join("registry");
+    let address = SocketAddr::from((link.far(), PORT));
+    let registry = Registry::start_by(link.at_far("docker-registry"), &directory, &directory, address)?;
     println!("registry at {} behind {shape}", registry.address());
     let mut demo = Demo { work: work.path().to_owned(), link: &link, registry: &registry, rows: Vec::new() };
     let result = demo.all(&layout, &options.mode);
@@ -95,7 +98,8 @@ impl Demo<'_> {
 
     /// Converts the image and pushes both forms, at the registry's side of the link.
     fn publish(&self, layout: &Path) -> Result<()> {
-        let local = Registry::local();
+        // Within its own namespace the link's rate does not count.
+        let local = self.registry.address();
         let converted = self.work.join("converted");
         let start = Instant::now();
         let source = format!("oci:{}:{}", layout.display(), TAG);
@@ -117,7 +121,13 @@ impl Demo<'_> {
             &original,
         ]))?;
         let lazy = format!("docker://{local}/demo:skimmer");
-        run::output(self.link.at_far(Self::program("skimmer")).arg("push").arg(&converted).arg(&lazy))?;
+        run::output(
+            self.link
+                .at_far(Self::program("skimmer"))
+                .args(["push", "--plain-http"])
+                .arg(&converted)
+                .arg(&lazy),
+        )?;
         Ok(())
     }
 
