@@ -38,7 +38,7 @@ pub struct Shape {
 impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mbit = self.bits_per_second / 1_000_000;
-        write!(f, "{mbit} Mbit/s, {} ms round trip", 2 * self.delay.as_millis())?;
+        write!(f, "{mbit} Mbit/s, {} ms round trip", (2 * self.delay).as_millis())?;
         match self.loss_per_mille {
             0 => Ok(()),
             loss => write!(f, ", {}.{} % loss", loss / 10, loss % 10),

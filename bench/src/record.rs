@@ -37,6 +37,8 @@ pub struct Run {
     pub processor: String,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// What TCP of this machine uses for congestion control; it decides what a link with loss can carry.
+    pub congestion: String,
     /// Build profile of the programs under test.
     pub profile: String,
     /// The command line that repeats the run.

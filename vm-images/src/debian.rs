@@ -99,7 +99,10 @@ pub fn source(package: &str) -> Result<PathBuf> {
         }
         let tarball = fs::read_dir(&debs)?
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.to_string_lossy().contains(".orig.tar."))
+            .find(|path| {
+                let name = path.to_string_lossy();
+                name.contains(".orig.tar.") && !name.ends_with(".asc")
+            })
             .with_context(|| format!("the source of {package} holds no .orig.tar"))?;
         let tree = aside.join("source");
         fs::create_dir(&tree)?;

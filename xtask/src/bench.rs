@@ -172,6 +172,7 @@ fn conditions(options: &Options, date: String) -> Result<Run> {
         kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         processor: format!("{}, {cores} cores", model.map_or("unknown processor", |(_, name)| name)),
         memory_mib: memory.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1024,
+        congestion: std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?.trim().to_owned(),
         profile: "release".to_owned(),
         command: command.join(" "),
         quick: options.quick,

@@ -32,6 +32,28 @@ enum Action {
         #[arg(long)]
         without: Vec<String>,
     },
+    /// Read everything below a directory and throw it away
+    Sweep {
+        /// Its root
+        directory: PathBuf,
+    },
+    /// Fetch ranges over one connection, each followed by one direct write
+    Fetch {
+        /// Where they come from
+        url: String,
+        /// A file of lines: offset, length, and bytes to write
+        ranges: PathBuf,
+        /// Where the writes go
+        into: PathBuf,
+    },
+    /// Decompress, hash and compress what an image would be built from
+    Parts {
+        /// An OCI layout or a tree
+        source: PathBuf,
+        /// zstd or none
+        #[arg(long, default_value = "zstd")]
+        compression: String,
+    },
     /// Start a program and time its first right output
     Start(StartOptions),
     /// Tell what processes use
@@ -59,6 +81,11 @@ fn main() -> Result<()> {
         Action::Read(options) => serde_json::to_value(probe::read(&options)?)?,
         Action::Walk { directory } => serde_json::to_value(probe::walk(&directory)?)?,
         Action::Sum { directory, without } => serde_json::to_value(probe::sum(&directory, &without)?)?,
+        Action::Sweep { directory } => serde_json::to_value(probe::sweep(&directory)?)?,
+        Action::Fetch { url, ranges, into } => serde_json::to_value(probe::fetch(&url, &ranges, &into)?)?,
+        Action::Parts { source, compression } => {
+            serde_json::to_value(probe::parts(&source, compression == "zstd")?)?
+        }
         Action::Start(options) => serde_json::to_value(probe::start(&options)?)?,
         Action::Usage { pids } => serde_json::to_value(probe::usage(&pids)?)?,
         Action::Mount { kind, source, target } => {

@@ -1,20 +1,116 @@
 //! Cold scenarios: first reads of images behind an emulated link.
 
-use anyhow::{Result, bail};
+mod contender;
+mod everything;
+mod misses;
+mod start;
+mod world;
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
 use serde::Deserialize;
 
+use crate::link::Shape;
 use crate::run::Bench;
 use crate::scenario::Scenario;
 
 /// The scenario's table `[cold]`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Spec {}
+pub struct Spec {
+    /// What is measured.
+    pub measure: Measure,
+    /// Links to the registry, one after the other.
+    pub links: Vec<LinkSpec>,
+    /// Links of quick runs instead.
+    pub quick_links: Option<Vec<LinkSpec>>,
+    /// Images of Debian packages, by name; `misses` makes its own.
+    #[serde(default)]
+    pub images: Vec<String>,
+    /// Images of quick runs instead.
+    pub quick_images: Option<Vec<String>>,
+    /// Reads of a round of `misses`.
+    #[serde(default = "default_reads")]
+    pub reads: u64,
+}
+
+fn default_reads() -> u64 {
+    100
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Measure {
+    /// From asking for the image to the first right output of its program.
+    Start,
+    /// Reading every file of an image.
+    Everything,
+    /// Single blocks, each in a chunk that nobody has read.
+    Misses,
+}
+
+/// A link to the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkSpec {
+    /// Mbit/s.
+    pub mbit: u64,
+    /// Round trip, milliseconds.
+    pub rtt_ms: u64,
+    /// Packets lost of 1,000.
+    #[serde(default)]
+    pub loss_per_mille: u32,
+}
+
+impl LinkSpec {
+    fn shape(self) -> Shape {
+        Shape {
+            bits_per_second: self.mbit * 1_000_000,
+            delay: Duration::from_micros(self.rtt_ms * 500),
+            loss_per_mille: self.loss_per_mille,
+        }
+    }
+}
+
+/// Debian packages of the contenders on this machine.
+pub const PACKAGES: &[&str] = &["curl", "docker-registry", "iproute2", "skopeo", "umoci"];
 
 /// Runs all contenders of a scenario on one machine.
 ///
 /// # Errors
 /// The scenario cannot be set up, or the run was interrupted.
-pub fn run(_bench: &mut Bench, scenario: &Scenario, _spec: &Spec, machine: &str) -> Result<()> {
-    bail!("{} on {machine}: not there yet", scenario.name)
+pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -> Result<()> {
+    ensure!(scenario.custom.is_empty(), "cold scenarios take no [[custom]] contenders yet");
+    let links = match &spec.quick_links {
+        Some(links) if bench.quick() => links,
+        _ => &spec.links,
+    };
+    let images = match &spec.quick_images {
+        Some(images) if bench.quick() => images,
+        _ => &spec.images,
+    };
+    ensure!(!links.is_empty(), "`links` is empty");
+    skimmer_vm_images::apt::ensure(PACKAGES)?;
+    let mut world = world::World::new(bench, machine)?;
+    match spec.measure {
+        Measure::Misses => world.publish_file(bench)?,
+        Measure::Start | Measure::Everything => {
+            ensure!(!images.is_empty(), "`images` is empty");
+            for image in images {
+                world.publish(bench, image)?;
+            }
+        }
+    }
+    for link in links {
+        bench.check()?;
+        let far = world.connect(link.shape())?;
+        match spec.measure {
+            Measure::Start => start::run(bench, scenario, &world, &far)?,
+            Measure::Everything => everything::run(bench, scenario, &world, &far)?,
+            Measure::Misses => misses::run(bench, scenario, &world, &far, spec.reads)?,
+        }
+    }
+    Ok(())
 }

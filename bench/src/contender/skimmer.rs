@@ -18,16 +18,21 @@ impl<'a> Stage<'a> {
         let agent = format!("{}/skimmer-agent", self.programs);
         let mut node = Node::new(self.machine, &self.programs, &agent, &directory, &root)?;
         node.start_daemon()?;
-        let status = node.status()?;
-        let modes = status["modes"].as_array().context("status lists no modes")?;
-        let report = modes.iter().find(|report| report["mode"] == mode);
-        let report = report.with_context(|| format!("skimmerd knows of no mode {mode}"))?;
-        if report["usable"] != true {
-            let why = report["reason"].as_str().unwrap_or("no reason given").to_owned();
-            return Ok(Outcome::Skipped(why));
+        // A local mount needs data that another mode has brought.
+        let fill = if mode == "local" { "fanotify" } else { mode };
+        for wanted in [mode, fill] {
+            let status = node.status()?;
+            let modes = status["modes"].as_array().context("status lists no modes")?;
+            let report = modes.iter().find(|report| report["mode"] == wanted);
+            let report = report.with_context(|| format!("skimmerd knows of no mode {wanted}"))?;
+            if report["usable"] != true {
+                let why = report["reason"].as_str().unwrap_or("no reason given").to_owned();
+                return Ok(Outcome::Skipped(why));
+            }
         }
         let point = self.mount_point(name)?;
-        node.mount(&format!("oci:{}", self.layout), &point, mode).with_context(|| node.log())?;
+        let image = format!("oci:{}", self.layout);
+        node.mount(&image, &point, fill).with_context(|| node.log())?;
         // What is not read stays away: that keeps the mark on.
         let marked = name.ends_with("-marked");
         let mut arguments = vec!["sum", point.as_str()];
@@ -35,8 +40,12 @@ impl<'a> Stage<'a> {
             arguments.extend(["--without", UNREAD]);
         }
         let _: Sum = self.probe(&arguments).with_context(|| node.log())?;
-        if mode != "local" && !marked {
-            settle(&node, mode)?;
+        if !marked {
+            settle(&node, fill)?;
+        }
+        if mode != fill {
+            node.umount(&point)?;
+            node.mount(&image, &point, mode).with_context(|| node.log())?;
         }
         Ok(self.mounted(name, point, Some(node), Vec::new()))
     }

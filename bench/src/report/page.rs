@@ -22,6 +22,7 @@ pub(super) fn conditions(page: &Page) -> Vec<(&'static str, String)> {
         ("revision", run.revision.clone()),
         ("machine", format!("{}, {} MiB, Linux {}", run.processor, run.memory_mib, run.kernel)),
         ("guests", "QEMU without hardware acceleration (TCG): only ratios mean anything there".to_owned()),
+        ("links", format!("emulated in user space, TCP with {} congestion control", run.congestion)),
         ("build", format!("profile {}", run.profile)),
         ("command", run.command.clone()),
         ("rounds", if run.quick { "those of a quick run".to_owned() } else { "full".to_owned() }),

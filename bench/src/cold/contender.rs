@@ -1,0 +1,139 @@
+//! A node of ours that has nothing yet, and what it used.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use kernel_tests::skimmer::Node;
+
+use super::world::{Far, Published, World};
+use crate::contender::SHORT;
+use crate::probe::Usage;
+use crate::record::{Better, Place, Unit};
+use crate::run::Bench;
+
+/// A node with an empty cache and a running daemon.
+pub(super) struct Fresh<'a> {
+    world: &'a World,
+    node: Node<'a>,
+    directory: String,
+}
+
+/// Counters before a measurement.
+pub(super) struct Before {
+    moved: u64,
+    requests: usize,
+}
+
+impl Before {
+    pub(super) fn now(far: &Far) -> Result<Self> {
+        Ok(Before { requests: far.requests()?, moved: far.link.received() })
+    }
+
+    /// Writes down what came over the link since; `read` is what the program read, where that is known.
+    pub(super) fn moved(
+        &self,
+        bench: &mut Bench,
+        far: &Far,
+        (place, contender, round): (&Place, &str, u32),
+        read: Option<u64>,
+    ) -> Result<u64> {
+        let moved = far.link.received() - self.moved;
+        let requests = far.requests()? - self.requests;
+        let number = |value: u64| -> Result<f64> { Ok(f64::from(u32::try_from(value >> 10)?) * 1024.0) };
+        let bytes = number(moved)?;
+        bench.sample(place, contender, round, "bytes moved", (bytes, Unit::Bytes, Better::Lower))?;
+        let requests = f64::from(u32::try_from(requests)?);
+        bench.sample(place, contender, round, "requests", (requests, Unit::Count, Better::Lower))?;
+        if let Some(read) = read {
+            let share = bytes / number(read)?.max(1.0);
+            let value = (share, Unit::Ratio, Better::Lower);
+            bench.sample(place, contender, round, "bytes moved per byte read", value)?;
+        }
+        Ok(moved)
+    }
+}
+
+/// The attach mode that a contender's name stands for; nothing when it is not ours.
+pub(super) fn mode(contender: &str) -> Option<&str> {
+    contender.strip_prefix("skimmer-")
+}
+
+/// Why one of our modes cannot run on this machine.
+pub(super) fn unusable(world: &World, mode: &str) -> Result<Option<String>> {
+    let fresh = Fresh::new(world)?;
+    let status = fresh.node.status()?;
+    let modes = status["modes"].as_array().context("status lists no modes")?;
+    let report = modes.iter().find(|report| report["mode"] == mode);
+    let report = report.with_context(|| format!("skimmerd knows of no mode {mode}"))?;
+    let why = report["reason"].as_str().unwrap_or("no reason given").to_owned();
+    Ok((report["usable"] != true).then_some(why))
+}
+
+impl<'a> Fresh<'a> {
+    pub(super) fn new(world: &'a World) -> Result<Self> {
+        let directory = world.fresh();
+        let (run, root) = (format!("{directory}/run"), format!("{directory}/cache"));
+        let agent = format!("{}/skimmer-agent", world.programs);
+        let mut node = Node::new(&world.machine, &world.programs, &agent, &run, &root)?;
+        node.plain_http();
+        node.start_daemon()?;
+        Ok(Fresh { world, node, directory })
+    }
+
+    /// Mounts an image; gives the mount point and the time that took.
+    pub(super) fn mount(&mut self, far: &Far, image: &Published, mode: &str) -> Result<(String, Duration)> {
+        let point = format!("{}/mnt", self.directory);
+        self.world.machine.check(&["mkdir", "-p", &point], SHORT)?;
+        let reference = format!("docker://{}/{}:skimmer", far.registry.borrow().address(), image.name);
+        let start = Instant::now();
+        self.node.mount(&reference, &point, mode).with_context(|| self.node.log())?;
+        Ok((point, start.elapsed()))
+    }
+
+    /// What the daemon and the keeper use.
+    pub(super) fn usage(&self) -> Result<Usage> {
+        let daemon = self.node.status()?["pid"].as_u64().context("status holds no pid")?.to_string();
+        let sockets = format!("{}/run/keeper.sock", self.directory);
+        let keeper =
+            self.world.machine.run(&["pgrep", "-f", &format!("skimmer-keeper.*{sockets}")], SHORT)?;
+        let keeper = String::from_utf8_lossy(&keeper.stdout).into_owned();
+        let probe = format!("{}/skimmer-probe", self.world.programs);
+        let mut argv = vec![probe.as_str(), "usage", &daemon];
+        argv.extend(keeper.split_whitespace());
+        Ok(serde_json::from_slice(&self.world.machine.check(&argv, SHORT)?)?)
+    }
+
+    /// What its daemon says went wrong.
+    pub(super) fn log(&self) -> String {
+        self.node.log()
+    }
+
+    /// Writes down what fetching `moved` bytes cost this machine since `before`.
+    pub(super) fn cost(
+        &self,
+        bench: &mut Bench,
+        (place, contender, round): (&Place, &str, u32),
+        before: &Usage,
+        moved: u64,
+    ) -> Result<()> {
+        let after = self.usage()?;
+        let gib = f64::from(u32::try_from(moved >> 10)?) / f64::from(1 << 20);
+        if gib > 0.0 {
+            let cpu = (after.cpu_seconds - before.cpu_seconds) / gib;
+            let value = (cpu, Unit::Seconds, Better::Lower);
+            bench.sample(place, contender, round, "cpu time per GiB moved", value)?;
+        }
+        let value = (after.peak, Unit::Bytes, Better::Lower);
+        bench.sample(place, contender, round, "peak memory", value)
+    }
+}
+
+impl Drop for Fresh<'_> {
+    fn drop(&mut self) {
+        // The node's own end unmounts; what it kept is of no more use. Failures show as what is left.
+        if let Err(error) = self.node.stop() {
+            eprintln!("a node does not end: {error:#}");
+        }
+        let _ = self.world.machine.run(&["rm", "-rf", &self.directory], SHORT);
+    }
+}

@@ -1,0 +1,110 @@
+//! Reading every file of an image, against downloading the same compressed bytes.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use skimmer_vm_images::run as run_command;
+
+use super::contender::{Before, Fresh, mode, unusable};
+use super::world::{Far, Published, World};
+use crate::contender::LONG;
+use crate::probe::Sum;
+use crate::record::{Better, Place, Unit};
+use crate::run::Bench;
+use crate::scenario::Scenario;
+
+pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &Far) -> Result<()> {
+    for image in &world.images {
+        let case = format!("{}, {}", image.name, far.case);
+        let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };
+        let mut contenders: Vec<&str> = scenario.contenders.iter().map(String::as_str).collect();
+        for name in contenders.clone() {
+            if let Some(why) = mode(name).map(|mode| unusable(world, mode)).transpose()?.flatten() {
+                bench.skipped(&place, name, &why)?;
+                contenders.retain(|other| *other != name);
+            }
+        }
+        for round in 0..bench.rounds(scenario) {
+            for name in contenders.clone() {
+                bench.check()?;
+                world.forget()?;
+                let outcome = match mode(name) {
+                    Some(mode) => ours(bench, world, far, image, mode, (&place, name, round)),
+                    None => download(far, image).map(Some),
+                };
+                let before = outcome.and_then(|seconds| {
+                    let Some(seconds) = seconds else { return Ok(()) };
+                    report(bench, image, (&place, name, round), seconds)
+                });
+                if let Err(error) = before {
+                    bench.failed(&place, name, &error)?;
+                    contenders.retain(|other| *other != name);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn report(bench: &mut Bench, image: &Published, at: (&Place, &str, u32), took: Duration) -> Result<()> {
+    let bytes: u64 = image.blobs.iter().map(|(_, size)| size).sum();
+    let (place, name, round) = at;
+    let seconds = took.as_secs_f64();
+    bench.sample(place, name, round, "time", (seconds, Unit::Seconds, Better::Lower))?;
+    let speed = f64::from(u32::try_from(bytes >> 10)?) * 1024.0 / seconds;
+    bench.sample(place, name, round, "bandwidth", (speed, Unit::BytesPerSecond, Better::Higher))
+}
+
+fn ours(
+    bench: &mut Bench,
+    world: &World,
+    far: &Far,
+    image: &Published,
+    mode: &str,
+    at: (&Place, &str, u32),
+) -> Result<Option<Duration>> {
+    let mut fresh = Fresh::new(world)?;
+    let (point, mounted) = fresh.mount(far, image, mode)?;
+    let used = fresh.usage()?;
+    let before = Before::now(far)?;
+    let probe = format!("{}/skimmer-probe", world.programs);
+    let start = Instant::now();
+    world.machine.check(&[&probe, "sweep", &point], LONG).with_context(|| fresh.log())?;
+    let took = start.elapsed();
+    let (place, name, round) = at;
+    let read = image.expected.as_ref().map(|expected| expected.bytes);
+    let moved = before.moved(bench, far, at, read)?;
+    fresh.cost(bench, at, &used, moved)?;
+    let value = (mounted.as_secs_f64(), Unit::Seconds, Better::Lower);
+    bench.sample(place, name, round, "mount", value)?;
+    let found: Sum = serde_json::from_slice(&world.machine.check(&[&probe, "sum", &point], LONG)?)?;
+    if let Some(expected) = &image.expected {
+        ensure!(
+            found.digest == expected.digest,
+            "its content is not that of the unpacked image: {} names and {} bytes instead of {} and {}",
+            found.names,
+            found.bytes,
+            expected.names,
+            expected.bytes
+        );
+    }
+    Ok(Some(took))
+}
+
+/// The same compressed bytes by curl, over one connection.
+fn download(far: &Far, image: &Published) -> Result<Duration> {
+    let mut curl = Command::new("curl");
+    curl.args(["-sSf", "-w", "%{size_download}\n"]);
+    for (digest, _) in &image.blobs {
+        curl.args(["-o", "/dev/null", &far.url(&image.name, digest)]);
+    }
+    let start = Instant::now();
+    let sizes = run_command(&mut curl)?;
+    let took = start.elapsed();
+    let sizes = String::from_utf8_lossy(&sizes);
+    let got: u64 = sizes.lines().map(|line| line.parse::<u64>().unwrap_or(0)).sum();
+    let bytes: u64 = image.blobs.iter().map(|(_, size)| size).sum();
+    ensure!(got == bytes, "curl got {got} bytes of {bytes}");
+    Ok(took)
+}

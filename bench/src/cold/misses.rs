@@ -1,0 +1,138 @@
+//! Single blocks, each in a chunk that nobody has read, against one ranged request and one direct write of a chunk.
+
+use anyhow::{Context, Result};
+use erofs_format::Image;
+use skimmer_fetcher::image::{OpenOptions, open};
+use skimmer_fetcher::reference::Reference;
+
+use super::contender::{Before, Fresh, mode, unusable};
+use super::world::{FILE, FILE_MIB, Far, Published, World};
+use crate::contender::{LONG, text};
+use crate::data::SEED;
+use crate::probe::{Latency, Read};
+use crate::record::{Better, Place, Unit};
+use crate::run::Bench;
+use crate::scenario::Scenario;
+
+pub(super) fn run(
+    bench: &mut Bench,
+    scenario: &Scenario,
+    world: &World,
+    far: &Far,
+    reads: u64,
+) -> Result<()> {
+    let image = world.images.first().context("nothing was published")?;
+    let place =
+        Place { scenario: scenario.name.clone(), machine: world.name.clone(), case: far.case.clone() };
+    let mut contenders: Vec<&str> = scenario.contenders.iter().map(String::as_str).collect();
+    for name in contenders.clone() {
+        if let Some(why) = mode(name).map(|mode| unusable(world, mode)).transpose()?.flatten() {
+            bench.skipped(&place, name, &why)?;
+            contenders.retain(|other| *other != name);
+        }
+    }
+    for round in 0..bench.rounds(scenario) {
+        for name in contenders.clone() {
+            bench.check()?;
+            world.forget()?;
+            let at = (&place, name, round);
+            let outcome = match mode(name) {
+                Some(mode) => ours(bench, world, far, image, mode, at, reads),
+                None => raw(bench, world, far, image, at, reads),
+            };
+            if let Err(error) = outcome {
+                bench.failed(&place, name, &error)?;
+                contenders.retain(|other| *other != name);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn report(bench: &mut Bench, (place, name, round): (&Place, &str, u32), latency: &Latency) -> Result<()> {
+    let values = [
+        ("latency p50", latency.p50),
+        ("latency p90", latency.p90),
+        ("latency p99", latency.p99),
+        ("latency p99.9", latency.p999),
+    ];
+    for (metric, seconds) in values {
+        bench.sample(place, name, round, metric, (seconds, Unit::Seconds, Better::Lower))?;
+    }
+    Ok(())
+}
+
+fn ours(
+    bench: &mut Bench,
+    world: &World,
+    far: &Far,
+    image: &Published,
+    mode: &str,
+    at: (&Place, &str, u32),
+    reads: u64,
+) -> Result<()> {
+    let mut fresh = Fresh::new(world)?;
+    let (point, _) = fresh.mount(far, image, mode)?;
+    let used = fresh.usage()?;
+    let before = Before::now(far)?;
+    let (probe, file) = (format!("{}/skimmer-probe", world.programs), format!("{point}/{FILE}"));
+    let (count, apart) = (reads.to_string(), (1 << 20).to_string());
+    let (seed, content) = (at.2.to_string(), SEED.to_string());
+    let argv = [
+        probe.as_str(),
+        "read",
+        &file,
+        "--random",
+        &apart,
+        "--count",
+        &count,
+        "--seed",
+        &seed,
+        "--content",
+        &content,
+    ];
+    let answer = world.machine.check(&argv, LONG).with_context(|| fresh.log())?;
+    let read: Read = serde_json::from_slice(&answer)?;
+    report(bench, at, &read.latency)?;
+    let moved = before.moved(bench, far, at, Some(read.bytes))?;
+    fresh.cost(bench, at, &used, moved)
+}
+
+/// What a miss cannot do without: the stored chunk by one ranged request over a connection that stays, and a direct
+/// write of the chunk's size.
+fn raw(
+    bench: &mut Bench,
+    world: &World,
+    far: &Far,
+    image: &Published,
+    at: (&Place, &str, u32),
+    reads: u64,
+) -> Result<()> {
+    let reference = Reference::parse_source(&format!("oci:{}", text(&image.converted)?))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let remote = runtime.block_on(open(&reference, &OpenOptions::default()))?;
+    let parsed = Image::parse(&remote.bootstrap)?;
+    let chunks = parsed.chunk_map(0)?;
+    let (digest, _) = image.blobs.first().context("no blob")?;
+    // Every seventh chunk, modulo their number: as far apart as the random reads are on average.
+    let step = chunks.len() / usize::try_from(FILE_MIB.min(7))?.max(1);
+    let mut ranges = String::new();
+    for index in 0..usize::try_from(reads)? {
+        let chunk = &chunks[(index * 7 + index / step.max(1)) % chunks.len()];
+        ranges.push_str(&format!(
+            "{} {} {}\n",
+            chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_size
+        ));
+    }
+    let directory = world.fresh();
+    world.machine.put(&format!("{directory}/ranges"), 0o644, ranges.as_bytes())?;
+    let before = Before::now(far)?;
+    let probe = format!("{}/skimmer-probe", world.programs);
+    let (url, list) = (far.url(&image.name, digest), format!("{directory}/ranges"));
+    let into = format!("{directory}/file");
+    let answer = world.machine.check(&[&probe, "fetch", &url, &list, &into], LONG)?;
+    let latency: Latency = serde_json::from_slice(&answer)?;
+    report(bench, at, &latency)?;
+    before.moved(bench, far, at, Some(reads * 4096))?;
+    world.machine.check(&["rm", "-r", &directory], crate::contender::SHORT).map(drop)
+}

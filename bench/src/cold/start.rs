@@ -1,0 +1,212 @@
+//! From asking for an image to the first right output of its program.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kernel_tests::debian_image::Program;
+use skimmer_vm_images::run as run_command;
+
+use super::contender::{Before, Fresh, mode, unusable};
+use super::world::{Far, Published, World};
+use crate::contender::{LONG, SHORT};
+use crate::probe::Start;
+use crate::record::{Better, Place, Unit};
+use crate::run::Bench;
+use crate::scenario::Scenario;
+
+pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &Far) -> Result<()> {
+    for image in &world.images {
+        let program = image.program.context("an image without a program")?;
+        let case = format!("{}, {}", image.name, far.case);
+        let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };
+        let mut contenders: Vec<&str> = Vec::new();
+        for name in scenario.contenders.iter().map(String::as_str) {
+            let why = match mode(name) {
+                Some(mode) => unusable(world, mode)?,
+                None if world.guest => {
+                    Some("it would measure the emulator, not the work: compare with the host's".to_owned())
+                }
+                None => None,
+            };
+            match why {
+                Some(why) => bench.skipped(&place, name, &why)?,
+                None => contenders.push(name),
+            }
+        }
+        for round in 0..bench.rounds(scenario) {
+            for name in contenders.clone() {
+                bench.check()?;
+                world.forget()?;
+                let at = (&place, name, round);
+                let outcome = match mode(name) {
+                    Some(mode) => ours(bench, world, far, (image, program), mode, at),
+                    None => pulled(bench, world, far, (image, program), at),
+                };
+                if let Err(error) = outcome {
+                    bench.failed(&place, name, &error)?;
+                    contenders.retain(|other| *other != name);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn time(
+    bench: &mut Bench,
+    (place, name, round): (&Place, &str, u32),
+    metric: &str,
+    took: Duration,
+) -> Result<()> {
+    let value = (took.as_secs_f64(), Unit::Seconds, Better::Lower);
+    bench.sample(place, name, round, metric, value)
+}
+
+fn ours(
+    bench: &mut Bench,
+    world: &World,
+    far: &Far,
+    (image, program): (&Published, &Program),
+    mode: &str,
+    at: (&Place, &str, u32),
+) -> Result<()> {
+    let mut fresh = Fresh::new(world)?;
+    let used = fresh.usage()?;
+    let before = Before::now(far)?;
+    let (point, mounted) = fresh.mount(far, image, mode)?;
+    let started = start(world, program, &point).with_context(|| fresh.log())?;
+    time(bench, at, "time", mounted + started)?;
+    time(bench, at, "mount", mounted)?;
+    let moved = before.moved(bench, far, at, None)?;
+    fresh.cost(bench, at, &used, moved)
+}
+
+/// Starts the program with what a container runtime would give it: devices and a place for temporary files.
+fn start(world: &World, program: &Program, root: &str) -> Result<Duration> {
+    let probe = format!("{}/skimmer-probe", world.programs);
+    let mut argv = vec![probe.as_str(), "start", "--root", root, "--expect", program.expect];
+    let port = program.ask.map(|(port, _)| port.to_string());
+    if let (Some(port), Some((_, request))) = (&port, program.ask) {
+        argv.extend(["--ask", port, "--request", request]);
+    }
+    argv.push("--");
+    argv.extend(program.run);
+    let up = format!("mount -o bind /dev '{root}/dev' && mount -t tmpfs tmpfs '{root}/tmp'");
+    let down = format!("umount '{root}/tmp'; umount '{root}/dev'");
+    let begin = Instant::now();
+    world.machine.check(&["sh", "-c", &up], SHORT)?;
+    let prepared = begin.elapsed();
+    let answer = world.machine.check(&argv, LONG);
+    world.machine.check(&["sh", "-c", &down], SHORT)?;
+    let start: Start = serde_json::from_slice(&answer?)?;
+    Ok(prepared + Duration::from_secs_f64(start.seconds))
+}
+
+/// What users do without us, and what bounds it.
+fn pulled(
+    bench: &mut Bench,
+    world: &World,
+    far: &Far,
+    (image, program): (&Published, &Program),
+    at: (&Place, &str, u32),
+) -> Result<()> {
+    let directory = PathBuf::from(world.fresh());
+    fs::create_dir_all(&directory)?;
+    let removed = Removed(directory.clone());
+    let before = Before::now(far)?;
+    let begin = Instant::now();
+    let took = match at.1 {
+        "pull-unpack" => {
+            let root = pull_unpack(far, image, &directory)?;
+            let pulled = begin.elapsed();
+            pulled + start(world, program, &crate::contender::text(&root)?)?
+        }
+        "pull-stream" => {
+            let mounted = pull_stream(far, image, &directory)?;
+            let pulled = begin.elapsed();
+            pulled + start(world, program, &crate::contender::text(&mounted.0)?)?
+        }
+        "raw" => {
+            raw(far, image)?;
+            begin.elapsed()
+        }
+        other => bail!("no contender {other} of cold starts"),
+    };
+    drop(removed);
+    time(bench, at, "time", took)?;
+    before.moved(bench, far, at, None).map(drop)
+}
+
+/// Removes a folder.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        // What cannot be removed goes with the run's folder.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Unmounts an overlay.
+struct Overlay(PathBuf);
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        if let Err(error) = run_command(Command::new("umount").arg(&self.0)) {
+            eprintln!("left behind: {error:#}");
+        }
+    }
+}
+
+/// skopeo and umoci: one step after the other.
+fn pull_unpack(far: &Far, image: &Published, directory: &Path) -> Result<PathBuf> {
+    let source = format!("docker://{}/{}:original", far.registry.borrow().address(), image.name);
+    let layout = format!("{}:latest", directory.join("pulled").display());
+    let destination = format!("oci:{layout}");
+    run_command(Command::new("skopeo").args([
+        "copy",
+        "-q",
+        "--src-tls-verify=false",
+        &source,
+        &destination,
+    ]))?;
+    let bundle = directory.join("bundle");
+    run_command(Command::new("umoci").args(["unpack", "--image", &layout]).arg(&bundle))?;
+    Ok(bundle.join("rootfs"))
+}
+
+/// Every layer at once, unpacked while it arrives, into an overlay: the best that pulling can do. Whiteouts are left
+/// unpacked as they are.
+fn pull_stream(far: &Far, image: &Published, directory: &Path) -> Result<Overlay> {
+    let mut script = String::from("set -e -o pipefail\n");
+    let mut lower = Vec::new();
+    for (index, (digest, _)) in image.layers.iter().enumerate() {
+        let layer = directory.join(index.to_string());
+        fs::create_dir(&layer)?;
+        let (url, into) = (far.url(&image.name, digest), layer.display());
+        script.push_str(&format!("(curl -sSf '{url}' | tar -xz -C '{into}') & p{index}=$!\n"));
+        lower.insert(0, into.to_string());
+    }
+    for index in 0..image.layers.len() {
+        script.push_str(&format!("wait $p{index}\n"));
+    }
+    run_command(Command::new("bash").args(["-c", &script]))?;
+    let root = directory.join("root");
+    fs::create_dir(&root)?;
+    let options = format!("lowerdir={}", lower.join(":"));
+    run_command(Command::new("mount").args(["-t", "overlay", "overlay", "-o", &options]).arg(&root))?;
+    Ok(Overlay(root))
+}
+
+/// The download alone.
+fn raw(far: &Far, image: &Published) -> Result<()> {
+    let mut curl = Command::new("curl");
+    curl.arg("-sSf");
+    for (digest, _) in &image.layers {
+        curl.args(["-o", "/dev/null", &far.url(&image.name, digest)]);
+    }
+    run_command(&mut curl).map(drop)
+}

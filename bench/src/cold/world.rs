@@ -1,0 +1,222 @@
+//! A registry with the images of a scenario, the link to it, and the machine on this side.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+use kernel_tests::debian_image::{self, Program};
+use kernel_tests::fixture;
+use kernel_tests::machine::{GuestDisk, GuestSpec, Machine};
+use kernel_tests::registry::Registry;
+use serde_json::Value;
+use skimmer_vm_images::{disk, run};
+use tempfile::TempDir;
+
+use crate::contender::{SHORT, guest_programs, text};
+use crate::content;
+use crate::data::SEED;
+use crate::link::{Link, Shape};
+use crate::probe::{self, Sum};
+use crate::run::Bench;
+
+/// The registry's port, at the far end.
+const PORT: u16 = 5000;
+/// The large file of `misses`, MiB: as many chunks.
+pub(super) const FILE_MIB: u64 = 512;
+/// Its name.
+pub(super) const FILE: &str = "file.bin";
+
+/// One image in the registry, in both forms.
+pub(super) struct Published {
+    pub(super) name: String,
+    pub(super) program: Option<&'static Program>,
+    /// Layers of the original image: digest and size, in order.
+    pub(super) layers: Vec<(String, u64)>,
+    /// Data blobs of the converted image.
+    pub(super) blobs: Vec<(String, u64)>,
+    /// The original's tree, unpacked by another implementation.
+    pub(super) expected: Option<Sum>,
+    /// The layout of the converted image.
+    pub(super) converted: PathBuf,
+}
+
+/// Everything that outlives a link.
+pub(super) struct World {
+    pub(super) name: String,
+    pub(super) machine: Machine,
+    /// Folders on the machine: our programs, and one on a real file system.
+    pub(super) programs: String,
+    pub(super) work: String,
+    pub(super) images: Vec<Published>,
+    pub(super) guest: bool,
+    scratch: TempDir,
+    nodes: AtomicU32,
+}
+
+/// The registry through a link.
+pub(super) struct Far {
+    // Dropped first: it lives at the link's far end.
+    pub(super) registry: std::cell::RefCell<Registry>,
+    pub(super) link: Link,
+    /// The link's words.
+    pub(super) case: String,
+}
+
+impl World {
+    pub(super) fn new(bench: &Bench, machine: &str) -> Result<Self> {
+        let base = skimmer_vm_images::cache::root()?.join("work");
+        fs::create_dir_all(&base)?;
+        let scratch = tempfile::Builder::new().prefix("cold-").tempdir_in(&base)?;
+        let programs = bench.program("skimmer");
+        let programs = programs.parent().context("programs have a folder")?;
+        let guest = machine != "host";
+        let (name, machine, programs, work) = if guest {
+            let work = scratch.path().join("work.disk");
+            disk::empty(&work, 8 << 30)?;
+            let mut spec = GuestSpec::new(machine, &bench.program("skimmer-agent"), guest_programs(programs));
+            spec.disks.push(GuestDisk::new("work", &work, "/work"));
+            let guest = spec.boot()?;
+            let release = guest.check(&["uname", "-r"], SHORT)?;
+            let name = format!("qemu {}", String::from_utf8_lossy(&release).trim());
+            (name, guest, "/bin".to_owned(), "/work".to_owned())
+        } else {
+            let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+            let work = scratch.path().join("work");
+            fs::create_dir(&work)?;
+            (format!("host {}", release.trim()), Machine::host(), text(programs)?, text(&work)?)
+        };
+        let (images, nodes) = (Vec::new(), AtomicU32::new(0));
+        Ok(World { name, machine, programs, work, images, guest, scratch, nodes })
+    }
+
+    /// Converts an image of Debian packages and puts both forms into the registry.
+    pub(super) fn publish(&mut self, bench: &Bench, name: &str) -> Result<()> {
+        bench.check()?;
+        println!("  publishing {name}");
+        let program = debian_image::find(name)?;
+        let layout = debian_image::prepare(program)?;
+        let source = format!("oci:{}:{}", text(&layout)?, debian_image::TAG);
+        let converted = self.scratch.path().join(format!("{name}.converted"));
+        run(Command::new(bench.program("skimmer")).args(["convert", "--quiet", &source]).arg(&converted))?;
+        let unpacked = self.scratch.path().join(format!("{name}.unpacked"));
+        let root = fixture::unpack(&layout, debian_image::TAG, &unpacked)?;
+        let expected = probe::sum(&root, &[])?;
+        fs::remove_dir_all(&unpacked)?;
+        let registry = self.local_registry()?;
+        let original = format!("docker://{}", registry.reference(&format!("{name}:original")));
+        run(Command::new("skopeo").args(["copy", "-q", "--dest-tls-verify=false", &source, &original]))?;
+        push(bench, &registry, &converted, name)?;
+        self.images.push(Published {
+            name: name.to_owned(),
+            program: Some(program),
+            layers: layers(&layout)?,
+            blobs: blobs(&converted)?,
+            expected: Some(expected),
+            converted,
+        });
+        Ok(())
+    }
+
+    /// Converts a folder with one large file, in chunks of 1 MiB, and puts it into the registry.
+    pub(super) fn publish_file(&mut self, bench: &Bench) -> Result<()> {
+        let tree = self.scratch.path().join("tree");
+        fs::create_dir(&tree)?;
+        let mut file = std::io::BufWriter::new(fs::File::create(tree.join(FILE))?);
+        content::write(SEED, FILE_MIB * 256, &mut file)?;
+        drop(file.into_inner()?);
+        let converted = self.scratch.path().join("file.converted");
+        run(Command::new(bench.program("skimmer")).args(["convert", "--quiet"]).arg(&tree).arg(&converted))?;
+        fs::remove_dir_all(&tree)?;
+        let registry = self.local_registry()?;
+        push(bench, &registry, &converted, "file")?;
+        self.images.push(Published {
+            name: "file".to_owned(),
+            program: None,
+            layers: Vec::new(),
+            blobs: blobs(&converted)?,
+            expected: None,
+            converted,
+        });
+        Ok(())
+    }
+
+    fn local_registry(&self) -> Result<Registry> {
+        Registry::start(&self.scratch.path().join("registry"))
+    }
+
+    /// Makes a link and starts the registry behind it.
+    pub(super) fn connect(&self, shape: Shape) -> Result<Far> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let namespace = format!("skimmer-bench-{}-{number}", std::process::id());
+        let link = Link::new(&namespace, shape)?;
+        let directory = self.scratch.path().join(&namespace);
+        let address = SocketAddr::from((link.far(), PORT));
+        let content = self.scratch.path().join("registry");
+        let registry = Registry::start_by(link.at_far("docker-registry"), &directory, &content, address)?;
+        Ok(Far { registry: std::cell::RefCell::new(registry), link, case: shape.to_string() })
+    }
+
+    /// A folder on the machine that no other contender or round has.
+    pub(super) fn fresh(&self) -> String {
+        format!("{}/{}", self.work, self.nodes.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Forgets what this host's and the machine's kernel keep of files; the registry's content is read again, so that
+    /// its disk does not count.
+    pub(super) fn forget(&self) -> Result<()> {
+        let drop_caches = format!("{}/skimmer-probe", self.programs);
+        self.machine.check(&[&drop_caches, "drop-caches"], SHORT)?;
+        probe::sum(&self.scratch.path().join("registry"), &[]).map(drop)
+    }
+}
+
+impl Far {
+    /// Requests that the registry has answered so far.
+    pub(super) fn requests(&self) -> Result<usize> {
+        Ok(self.registry.borrow_mut().requests()?.len())
+    }
+
+    /// The address of a blob of an image.
+    pub(super) fn url(&self, image: &str, digest: &str) -> String {
+        format!("http://{}/v2/{image}/blobs/{digest}", self.registry.borrow().address())
+    }
+}
+
+fn push(bench: &Bench, registry: &Registry, converted: &std::path::Path, name: &str) -> Result<()> {
+    let reference = registry.reference(&format!("{name}:skimmer"));
+    run(Command::new(bench.program("skimmer")).args(["push", "--quiet"]).arg(converted).arg(reference))
+        .map(drop)
+}
+
+/// (digest, size) of the layers of a layout's only image.
+fn layers(layout: &std::path::Path) -> Result<Vec<(String, u64)>> {
+    let manifest = manifest(layout)?;
+    manifest["layers"].as_array().context("no layers")?.iter().map(descriptor).collect()
+}
+
+/// Those that hold data: the bootstrap is marked.
+fn blobs(layout: &std::path::Path) -> Result<Vec<(String, u64)>> {
+    let manifest = manifest(layout)?;
+    let layers = manifest["layers"].as_array().context("no layers")?.iter();
+    let is_bootstrap = |layer: &&Value| {
+        let annotations = layer["annotations"].as_object();
+        annotations.is_some_and(|map| map.keys().any(|key| key.ends_with("bootstrap")))
+    };
+    layers.filter(|layer| !is_bootstrap(layer)).map(descriptor).collect()
+}
+
+fn manifest(layout: &std::path::Path) -> Result<Value> {
+    let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;
+    let digest = index["manifests"][0]["digest"].as_str().context("an index without manifest")?;
+    let path = layout.join("blobs").join(digest.replace(':', "/"));
+    Ok(serde_json::from_slice(&fs::read(path)?)?)
+}
+
+fn descriptor(layer: &Value) -> Result<(String, u64)> {
+    let digest = layer["digest"].as_str().context("a layer without digest")?.to_owned();
+    Ok((digest, layer["size"].as_u64().context("a layer without size")?))
+}
