@@ -6,7 +6,7 @@ use skimmer_fetcher::image::{OpenOptions, open};
 use skimmer_fetcher::reference::Reference;
 
 use super::contender::{Before, Fresh, mode, unusable};
-use super::world::{FILE, FILE_MIB, Far, Published, World};
+use super::world::{FILE, Far, Published, World};
 use crate::contender::{LONG, text};
 use crate::data::SEED;
 use crate::probe::{Latency, Read};
@@ -114,15 +114,15 @@ fn raw(
     let parsed = Image::parse(&remote.bootstrap)?;
     let chunks = parsed.chunk_map(0)?;
     let (digest, _) = image.blobs.first().context("no blob")?;
-    // Every seventh chunk, modulo their number: as far apart as the random reads are on average.
-    let step = chunks.len() / usize::try_from(FILE_MIB.min(7))?.max(1);
+    // The same step between any two, and none twice: the random reads are as far apart on average.
+    let count = chunks.len();
+    let step = [7, 5, 3].into_iter().find(|step| !count.is_multiple_of(*step)).unwrap_or(1);
     let mut ranges = String::new();
-    for index in 0..usize::try_from(reads)? {
-        let chunk = &chunks[(index * 7 + index / step.max(1)) % chunks.len()];
-        ranges.push_str(&format!(
-            "{} {} {}\n",
-            chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_size
-        ));
+    for index in 0..usize::try_from(reads)?.min(count) {
+        let chunk = &chunks[index * step % count];
+        let (offset, stored, size) =
+            (chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_size);
+        ranges.push_str(&format!("{offset} {stored} {size}\n"));
     }
     let directory = world.fresh();
     world.machine.put(&format!("{directory}/ranges"), 0o644, ranges.as_bytes())?;

@@ -30,9 +30,16 @@ pub struct Spec {
     pub images: Vec<String>,
     /// Images of quick runs instead.
     pub quick_images: Option<Vec<String>>,
+    /// Chunks of 1 MiB in the file of `misses`.
+    #[serde(default = "default_chunks")]
+    pub chunks: u64,
     /// Reads of a round of `misses`.
     #[serde(default = "default_reads")]
     pub reads: u64,
+}
+
+fn default_chunks() -> u64 {
+    512
 }
 
 fn default_reads() -> u64 {
@@ -93,9 +100,10 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
     };
     ensure!(!links.is_empty(), "`links` is empty");
     skimmer_vm_images::apt::ensure(PACKAGES)?;
+    ensure!(spec.reads <= spec.chunks, "`reads` above `chunks` would read chunks twice");
     let mut world = world::World::new(bench, machine)?;
     match spec.measure {
-        Measure::Misses => world.publish_file(bench)?,
+        Measure::Misses => world.publish_file(bench, spec.chunks)?,
         Measure::Start | Measure::Everything => {
             ensure!(!images.is_empty(), "`images` is empty");
             for image in images {

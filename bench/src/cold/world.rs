@@ -24,9 +24,7 @@ use crate::run::Bench;
 
 /// The registry's port, at the far end.
 const PORT: u16 = 5000;
-/// The large file of `misses`, MiB: as many chunks.
-pub(super) const FILE_MIB: u64 = 512;
-/// Its name.
+/// The large file of `misses`.
 pub(super) const FILE: &str = "file.bin";
 
 /// One image in the registry, in both forms.
@@ -120,12 +118,12 @@ impl World {
         Ok(())
     }
 
-    /// Converts a folder with one large file, in chunks of 1 MiB, and puts it into the registry.
-    pub(super) fn publish_file(&mut self, bench: &Bench) -> Result<()> {
+    /// Converts a folder with one file of so many chunks of 1 MiB, and puts it into the registry.
+    pub(super) fn publish_file(&mut self, bench: &Bench, chunks: u64) -> Result<()> {
         let tree = self.scratch.path().join("tree");
         fs::create_dir(&tree)?;
         let mut file = std::io::BufWriter::new(fs::File::create(tree.join(FILE))?);
-        content::write(SEED, FILE_MIB * 256, &mut file)?;
+        content::write(SEED, chunks * 256, &mut file)?;
         drop(file.into_inner()?);
         let converted = self.scratch.path().join("file.converted");
         run(Command::new(bench.program("skimmer")).args(["convert", "--quiet"]).arg(&tree).arg(&converted))?;

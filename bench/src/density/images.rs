@@ -14,8 +14,6 @@ use crate::run::Bench;
 
 /// The file that every image has of its own.
 pub(super) const FILE: &str = "own.bin";
-/// Chunks of the large image's file.
-pub(super) const CHUNKS: u64 = 256;
 /// Seed of its content.
 pub(super) const LARGE_SEED: u64 = 1;
 /// Blocks of a small image's own file: two chunks, so that one stays unread.
@@ -28,8 +26,14 @@ pub(super) struct Images {
 }
 
 impl Images {
-    /// Makes, converts and pushes `count` images.
-    pub(super) fn make(bench: &Bench, registry: &Registry, scratch: &Path, count: u32) -> Result<Self> {
+    /// Makes, converts and pushes `count` images, and the large one of so many chunks.
+    pub(super) fn make(
+        bench: &Bench,
+        registry: &Registry,
+        scratch: &Path,
+        count: u32,
+        chunks: u64,
+    ) -> Result<Self> {
         let mut base = Layer::default();
         base.file(b"base.bin", &Meta::new(0o644), &fixture::content(3, 1 << 20))?;
         let base = base.finish()?;
@@ -39,7 +43,7 @@ impl Images {
             let own = own(BLOCKS, Self::seed(index))?;
             layout.image(&index.to_string(), &[(&base, Compression::None), (&own, Compression::None)])?;
         }
-        let large = own(CHUNKS * 256, LARGE_SEED)?;
+        let large = own(chunks * 256, LARGE_SEED)?;
         layout.image("large", &[(&large, Compression::None)])?;
         let mut references = Vec::new();
         let tags = (0..count).map(|index| index.to_string()).chain(["large".to_owned()]);

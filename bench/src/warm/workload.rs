@@ -52,8 +52,8 @@ pub struct Fio {
     pub rw: String,
     /// `psync`, `mmap`, ...
     pub engine: String,
-    /// MiB to read at the most.
-    pub mib: u64,
+    /// MiB to read, again from the front when the file is shorter; the whole file once when absent.
+    pub mib: Option<u64>,
 }
 
 /// A metric and its value.
@@ -110,11 +110,12 @@ fn time(seconds: f64) -> Value3 {
 impl Fio {
     fn measure(&self, stage: &Stage<'_>, contender: &Mounted<'_>, page_cache: bool) -> Result<Vec<Value3>> {
         let path = stage.inside(&format!("{}/{FILE}", contender.path))?;
-        let (rw, engine, mib) = (&self.rw, &self.engine, self.mib);
+        let (rw, engine) = (&self.rw, &self.engine);
+        let size = self.mib.map_or(String::new(), |mib| format!(" --io_size={mib}m"));
         // Its own invalidation would undo a warm page cache, and is not needed with a cold one.
         let line = format!(
             "fio --name=bench --filename='{path}' --readonly --rw={rw} --bs=4k --ioengine={engine} --direct=0 \
-             --invalidate=0 --io_size={mib}m --thread --output-format=json"
+             --invalidate=0{size} --thread --output-format=json"
         );
         if page_cache {
             // Brings in what this workload reads, unmeasured.
@@ -125,9 +126,10 @@ impl Fio {
         let number = |value: &Value, what: &str| {
             value.as_f64().with_context(|| format!("fio's answer has no {what}: {answer}"))
         };
-        let (bytes, wanted) = (number(&read["io_bytes"], "io_bytes")?, self.mib << 20);
+        let bytes = number(&read["io_bytes"], "io_bytes")?;
         ensure!(answer["jobs"][0]["error"] == 0 && bytes > 0.0, "fio: {answer}");
-        ensure!(read["io_bytes"].as_u64() <= Some(wanted), "fio read more than it was told: {answer}");
+        let wanted = self.mib.map(|mib| mib << 20);
+        ensure!(wanted.is_none_or(|wanted| read["io_bytes"] == wanted), "fio read another amount: {answer}");
         let p99 = number(&read["clat_ns"]["percentile"]["99.000000"], "99th percentile")? / 1e9;
         Ok(vec![
             ("bandwidth", (number(&read["bw_bytes"], "bw_bytes")?, Unit::BytesPerSecond, Better::Higher)),
