@@ -1,6 +1,7 @@
 //! What measurements stand on: scenarios, their runner and results, and the emulated link.
 #![forbid(unsafe_code)]
 
+pub mod ab;
 pub mod build;
 pub mod cold;
 pub mod contender;

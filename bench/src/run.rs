@@ -2,13 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use tempfile::TempDir;
 
 use crate::record::{Better, Line, Outcome, Place, Run, Sample, Unit};
 use crate::scenario::{Kind, Scenario};
@@ -25,6 +24,8 @@ pub struct Options {
     pub machines: Option<Vec<String>>,
     /// The folder of `skimmer`, `skimmerd`, `skimmer-keeper`, `skimmer-probe` and `skimmer-agent`.
     pub programs: PathBuf,
+    /// Other builds of Skimmer by contender: name and folder of programs. They attach by fanotify.
+    pub variants: Vec<(String, PathBuf)>,
     /// Where `results.jsonl` goes.
     pub results: PathBuf,
 }
@@ -32,7 +33,6 @@ pub struct Options {
 /// A run that goes on.
 pub struct Bench {
     options: Options,
-    work: TempDir,
     file: File,
     lines: Vec<Line>,
     started: Instant,
@@ -44,15 +44,14 @@ impl Bench {
     /// Begins a run. `interrupted` is set by the program's signal handler.
     ///
     /// # Errors
-    /// The results or the work folder cannot be made.
+    /// The results cannot be written.
     pub fn new(options: Options, run: Run, interrupted: Arc<AtomicBool>) -> Result<Self> {
         let results = &options.results;
         fs::create_dir_all(results).with_context(|| format!("cannot make {}", results.display()))?;
         let path = results.join("results.jsonl");
         let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        let work = tempfile::Builder::new().prefix("skimmer-bench").tempdir().context("no work folder")?;
         let started = Instant::now();
-        let mut bench = Bench { options, work, file, lines: Vec::new(), started, interrupted, failed: false };
+        let mut bench = Bench { options, file, lines: Vec::new(), started, interrupted, failed: false };
         bench.write(Line::Run(run))?;
         Ok(bench)
     }
@@ -102,14 +101,14 @@ impl Bench {
         self.options.rounds.or(quick).unwrap_or(scenario.rounds)
     }
 
-    /// A folder for everything that the run makes; it goes when the run ends.
-    pub fn work(&self) -> &Path {
-        self.work.path()
-    }
-
     /// One of our programs.
     pub fn program(&self, name: &str) -> PathBuf {
         self.options.programs.join(name)
+    }
+
+    /// Other builds of Skimmer: contender and folder of programs.
+    pub fn variants(&self) -> &[(String, PathBuf)] {
+        &self.options.variants
     }
 
     /// Fails once the run was interrupted: to be asked between steps. Everything made so far must go when dropped.

@@ -41,8 +41,14 @@ fn run(name: &str, text: &str, interrupt: Option<Duration>) -> Outcome {
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let programs: PathBuf = programs().unwrap()[0].parent().unwrap().to_owned();
     let results = scratch.path().join("results");
-    let options =
-        Options { quick: true, rounds: Some(1), machines: None, programs, results: results.clone() };
+    let options = Options {
+        quick: true,
+        rounds: Some(1),
+        machines: None,
+        programs,
+        variants: Vec::new(),
+        results: results.clone(),
+    };
     let flag = Arc::new(AtomicBool::new(false));
     if let Some(after) = interrupt {
         let flag = Arc::clone(&flag);
@@ -235,7 +241,7 @@ fn scenarios_that_make_no_sense_are_refused() {
     let error = |text: &str| format!("{:#}", Scenario::parse("s", text).unwrap_err());
     assert!(error(&WARM.replace("rounds = 1", "rounds = 0")).contains("round"));
     assert!(error(&WARM.replace("reference = \"ext4\"", "reference = \"xfs\"")).contains("\"xfs\""));
-    assert!(error(&WARM.replace("[warm]", "[worm]")).contains("worm"));
+    assert!(error(&WARM.replace("about =", "abuot =")).contains("abuot"));
     assert!(error(&WARM.replace("name = \"liar\"", "name = \"ext4\"")).contains("twice"));
     assert!(error("title = 1").contains("line 1"));
 }

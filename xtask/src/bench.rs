@@ -87,6 +87,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             rounds: options.rounds,
             machines: (!options.machine.is_empty()).then(|| options.machine.clone()),
             programs,
+            variants: Vec::new(),
             results: results.clone(),
         },
         conditions(options, date)?,

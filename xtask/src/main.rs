@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bench_ab;
 mod demo;
 mod docs;
 mod run;
@@ -19,6 +20,8 @@ enum Command {
     Docs(docs::Options),
     /// Measure Skimmer beside what a user would pick instead, and write a report.
     Bench(bench::Options),
+    /// Compare the working tree's speed with another revision's; fails on a regression.
+    BenchAb(bench_ab::Options),
     /// Start a container's program from a registry over a slow link, ours against pull-everything.
     Demo(demo::Options),
 }
@@ -28,6 +31,7 @@ fn main() -> anyhow::Result<()> {
         Command::Test(options) => test::run(&options),
         Command::Docs(options) => docs::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::BenchAb(options) => bench_ab::run(&options),
         Command::Demo(options) => demo::run(&options),
     }
 }

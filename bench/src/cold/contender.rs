@@ -14,6 +14,7 @@ use crate::run::Bench;
 /// A node with an empty cache and a running daemon.
 pub(super) struct Fresh<'a> {
     world: &'a World,
+    mode: String,
     node: Node<'a>,
     directory: String,
 }
@@ -53,40 +54,55 @@ impl Before {
     }
 }
 
-/// The attach mode that a contender's name stands for; nothing when it is not ours.
-pub(super) fn mode(contender: &str) -> Option<&str> {
-    contender.strip_prefix("skimmer-")
+/// A contender of ours.
+#[derive(Clone, Debug)]
+pub(super) struct Ours {
+    /// Its attach mode.
+    mode: String,
+    /// The folder of its programs.
+    programs: String,
 }
 
-/// Why one of our modes cannot run on this machine.
-pub(super) fn unusable(world: &World, mode: &str) -> Result<Option<String>> {
-    let fresh = Fresh::new(world)?;
-    let status = fresh.node.status()?;
-    let modes = status["modes"].as_array().context("status lists no modes")?;
-    let report = modes.iter().find(|report| report["mode"] == mode);
-    let report = report.with_context(|| format!("skimmerd knows of no mode {mode}"))?;
-    let why = report["reason"].as_str().unwrap_or("no reason given").to_owned();
-    Ok((report["usable"] != true).then_some(why))
+impl Ours {
+    /// What the name of a contender stands for; nothing when it is not ours.
+    pub(super) fn of(world: &World, contender: &str) -> Option<Self> {
+        if let Some((_, programs)) = world.variants.iter().find(|(name, _)| name == contender) {
+            return Some(Ours { mode: "fanotify".to_owned(), programs: programs.clone() });
+        }
+        let mode = contender.strip_prefix("skimmer-")?;
+        Some(Ours { mode: mode.to_owned(), programs: world.programs.clone() })
+    }
+
+    /// Why it cannot run on this machine.
+    pub(super) fn unusable(&self, world: &World) -> Result<Option<String>> {
+        let fresh = Fresh::new(world, self)?;
+        let status = fresh.node.status()?;
+        let modes = status["modes"].as_array().context("status lists no modes")?;
+        let report = modes.iter().find(|report| report["mode"] == self.mode.as_str());
+        let report = report.with_context(|| format!("skimmerd knows of no mode {}", self.mode))?;
+        let why = report["reason"].as_str().unwrap_or("no reason given").to_owned();
+        Ok((report["usable"] != true).then_some(why))
+    }
 }
 
 impl<'a> Fresh<'a> {
-    pub(super) fn new(world: &'a World) -> Result<Self> {
+    pub(super) fn new(world: &'a World, ours: &Ours) -> Result<Self> {
         let directory = world.fresh();
         let (run, root) = (format!("{directory}/run"), format!("{directory}/cache"));
         let agent = format!("{}/skimmer-agent", world.programs);
-        let mut node = Node::new(&world.machine, &world.programs, &agent, &run, &root)?;
+        let mut node = Node::new(&world.machine, &ours.programs, &agent, &run, &root)?;
         node.plain_http();
         node.start_daemon()?;
-        Ok(Fresh { world, node, directory })
+        Ok(Fresh { world, mode: ours.mode.clone(), node, directory })
     }
 
     /// Mounts an image; gives the mount point and the time that took.
-    pub(super) fn mount(&mut self, far: &Far, image: &Published, mode: &str) -> Result<(String, Duration)> {
+    pub(super) fn mount(&mut self, far: &Far, image: &Published) -> Result<(String, Duration)> {
         let point = format!("{}/mnt", self.directory);
         self.world.machine.check(&["mkdir", "-p", &point], SHORT)?;
         let reference = format!("docker://{}/{}:skimmer", far.registry.borrow().address(), image.name);
         let start = Instant::now();
-        self.node.mount(&reference, &point, mode).with_context(|| self.node.log())?;
+        self.node.mount(&reference, &point, &self.mode).with_context(|| self.node.log())?;
         Ok((point, start.elapsed()))
     }
 

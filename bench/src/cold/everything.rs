@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use skimmer_vm_images::run as run_command;
 
-use super::contender::{Before, Fresh, mode, unusable};
+use super::contender::{Before, Fresh, Ours};
 use super::world::{Far, Published, World};
 use crate::contender::LONG;
 use crate::probe::Sum;
@@ -20,7 +20,7 @@ pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &F
         let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };
         let mut contenders: Vec<&str> = scenario.contenders.iter().map(String::as_str).collect();
         for name in contenders.clone() {
-            if let Some(why) = mode(name).map(|mode| unusable(world, mode)).transpose()?.flatten() {
+            if let Some(why) = Ours::of(world, name).map(|ours| ours.unusable(world)).transpose()?.flatten() {
                 bench.skipped(&place, name, &why)?;
                 contenders.retain(|other| *other != name);
             }
@@ -29,8 +29,8 @@ pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &F
             for name in contenders.clone() {
                 bench.check()?;
                 world.forget()?;
-                let outcome = match mode(name) {
-                    Some(mode) => ours(bench, world, far, image, mode, (&place, name, round)),
+                let outcome = match Ours::of(world, name) {
+                    Some(contender) => ours(bench, world, far, image, &contender, (&place, name, round)),
                     None => download(far, image).map(Some),
                 };
                 let before = outcome.and_then(|seconds| {
@@ -61,11 +61,11 @@ fn ours(
     world: &World,
     far: &Far,
     image: &Published,
-    mode: &str,
+    contender: &Ours,
     at: (&Place, &str, u32),
 ) -> Result<Option<Duration>> {
-    let mut fresh = Fresh::new(world)?;
-    let (point, mounted) = fresh.mount(far, image, mode)?;
+    let mut fresh = Fresh::new(world, contender)?;
+    let (point, mounted) = fresh.mount(far, image)?;
     let used = fresh.usage()?;
     let before = Before::now(far)?;
     let probe = format!("{}/skimmer-probe", world.programs);

@@ -5,7 +5,7 @@ use erofs_format::Image;
 use skimmer_fetcher::image::{OpenOptions, open};
 use skimmer_fetcher::reference::Reference;
 
-use super::contender::{Before, Fresh, mode, unusable};
+use super::contender::{Before, Fresh, Ours};
 use super::world::{FILE, Far, Published, World};
 use crate::contender::{LONG, text};
 use crate::data::SEED;
@@ -26,7 +26,7 @@ pub(super) fn run(
         Place { scenario: scenario.name.clone(), machine: world.name.clone(), case: far.case.clone() };
     let mut contenders: Vec<&str> = scenario.contenders.iter().map(String::as_str).collect();
     for name in contenders.clone() {
-        if let Some(why) = mode(name).map(|mode| unusable(world, mode)).transpose()?.flatten() {
+        if let Some(why) = Ours::of(world, name).map(|ours| ours.unusable(world)).transpose()?.flatten() {
             bench.skipped(&place, name, &why)?;
             contenders.retain(|other| *other != name);
         }
@@ -36,8 +36,8 @@ pub(super) fn run(
             bench.check()?;
             world.forget()?;
             let at = (&place, name, round);
-            let outcome = match mode(name) {
-                Some(mode) => ours(bench, world, far, image, mode, at, reads),
+            let outcome = match Ours::of(world, name) {
+                Some(contender) => ours(bench, world, far, image, &contender, at, reads),
                 None => raw(bench, world, far, image, at, reads),
             };
             if let Err(error) = outcome {
@@ -67,12 +67,12 @@ fn ours(
     world: &World,
     far: &Far,
     image: &Published,
-    mode: &str,
+    contender: &Ours,
     at: (&Place, &str, u32),
     reads: u64,
 ) -> Result<()> {
-    let mut fresh = Fresh::new(world)?;
-    let (point, _) = fresh.mount(far, image, mode)?;
+    let mut fresh = Fresh::new(world, contender)?;
+    let (point, _) = fresh.mount(far, image)?;
     let used = fresh.usage()?;
     let before = Before::now(far)?;
     let (probe, file) = (format!("{}/skimmer-probe", world.programs), format!("{point}/{FILE}"));

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use kernel_tests::debian_image::Program;
 use skimmer_vm_images::run as run_command;
 
-use super::contender::{Before, Fresh, mode, unusable};
+use super::contender::{Before, Fresh, Ours};
 use super::world::{Far, Published, World};
 use crate::contender::{LONG, SHORT};
 use crate::probe::Start;
@@ -24,8 +24,8 @@ pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &F
         let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };
         let mut contenders: Vec<&str> = Vec::new();
         for name in scenario.contenders.iter().map(String::as_str) {
-            let why = match mode(name) {
-                Some(mode) => unusable(world, mode)?,
+            let why = match Ours::of(world, name) {
+                Some(ours) => ours.unusable(world)?,
                 None if world.guest => {
                     Some("it would measure the emulator, not the work: compare with the host's".to_owned())
                 }
@@ -41,8 +41,8 @@ pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &F
                 bench.check()?;
                 world.forget()?;
                 let at = (&place, name, round);
-                let outcome = match mode(name) {
-                    Some(mode) => ours(bench, world, far, (image, program), mode, at),
+                let outcome = match Ours::of(world, name) {
+                    Some(contender) => ours(bench, world, far, (image, program), &contender, at),
                     None => pulled(bench, world, far, (image, program), at),
                 };
                 if let Err(error) = outcome {
@@ -70,13 +70,13 @@ fn ours(
     world: &World,
     far: &Far,
     (image, program): (&Published, &Program),
-    mode: &str,
+    contender: &Ours,
     at: (&Place, &str, u32),
 ) -> Result<()> {
-    let mut fresh = Fresh::new(world)?;
+    let mut fresh = Fresh::new(world, contender)?;
     let used = fresh.usage()?;
     let before = Before::now(far)?;
-    let (point, mounted) = fresh.mount(far, image, mode)?;
+    let (point, mounted) = fresh.mount(far, image)?;
     let started = start(world, program, &point).with_context(|| fresh.log())?;
     time(bench, at, "time", mounted + started)?;
     time(bench, at, "mount", mounted)?;

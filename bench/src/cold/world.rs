@@ -47,6 +47,8 @@ pub(super) struct World {
     pub(super) machine: Machine,
     /// Folders on the machine: our programs, and one on a real file system.
     pub(super) programs: String,
+    /// Other builds of ours: contender and folder of programs.
+    pub(super) variants: Vec<(String, String)>,
     pub(super) work: String,
     pub(super) images: Vec<Published>,
     pub(super) guest: bool,
@@ -87,7 +89,10 @@ impl World {
             (format!("host {}", release.trim()), Machine::host(), text(programs)?, text(&work)?)
         };
         let (images, nodes) = (Vec::new(), AtomicU32::new(0));
-        Ok(World { name, machine, programs, work, images, guest, scratch, nodes })
+        let variants = bench.variants().iter();
+        let variants =
+            variants.map(|(name, folder)| Ok((name.clone(), text(folder)?))).collect::<Result<_>>()?;
+        Ok(World { name, machine, programs, variants, work, images, guest, scratch, nodes })
     }
 
     /// Converts an image of Debian packages and puts both forms into the registry.

@@ -16,8 +16,8 @@ use crate::run::Bench;
 pub(super) const FILE: &str = "own.bin";
 /// Seed of its content.
 pub(super) const LARGE_SEED: u64 = 1;
-/// Blocks of a small image's own file: two chunks, so that one stays unread.
-const BLOCKS: u64 = 512;
+/// Blocks of a small image's own file: more than a first miss fetches, so that the image stays incomplete.
+const BLOCKS: u64 = 1024;
 
 /// Images in a registry.
 pub(super) struct Images {

@@ -137,6 +137,10 @@ impl<'a> Round<'a> {
             for (metric, seconds) in [("mount p50", latency.p50), ("mount max", latency.max)] {
                 bench.sample(&here, DAEMON, round, metric, (seconds, Unit::Seconds, Better::Lower))?;
             }
+            let watched = self.watched()?;
+            ensure!(watched >= *number, "{watched} marked files for {number} images that are read in part");
+            let marks = (f64::from(watched), Unit::Count, Better::Neither);
+            bench.sample(&here, KEEPER, round, "marked files", marks)?;
             for (name, state) in [
                 (IDLE, idle[0]),
                 (DAEMON, self.state(self.daemon, spec.idle_seconds)?),
@@ -173,6 +177,13 @@ impl<'a> Round<'a> {
         let took = start.elapsed();
         read(&target.join(FILE), Images::seed(index), 1, 7)?;
         Ok(took)
+    }
+
+    /// Files whose accesses the keeper sees.
+    fn watched(&self) -> Result<u32> {
+        let status = self.node.status()?;
+        let blobs = status["blobs"].as_array().context("status lists no blobs")?;
+        Ok(u32::try_from(blobs.iter().filter(|blob| blob["watched"] == true).count())?)
     }
 
     fn state(&self, pid: u32, seconds: u64) -> Result<State> {

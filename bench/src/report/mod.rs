@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use crate::record::Line;
 
 pub use page::performance;
-pub use table::{Cell, Page, Section, Table, page, text};
+pub use table::{Cell, Page, Section, Table, markdown, page, text};
 
 /// Reads the lines of a run.
 ///

@@ -157,7 +157,7 @@ fn tables(about: &About, samples: &[&Sample]) -> Vec<Table> {
 /// How much better `value` is than `reference`.
 fn ratio(value: f64, reference: f64, better: Better) -> Option<f64> {
     let (above, below) = if better == Better::Lower { (reference, value) } else { (value, reference) };
-    (below != 0.0).then(|| above / below)
+    (above != 0.0 && below != 0.0).then(|| above / below)
 }
 
 /// A value with its unit, at a glance.
@@ -236,8 +236,8 @@ impl Table {
     }
 }
 
-/// A Markdown table.
-pub(crate) fn markdown(rows: &[Vec<String>]) -> String {
+/// A Markdown table: the first row is its header.
+pub fn markdown(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
