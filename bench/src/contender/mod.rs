@@ -11,6 +11,8 @@ use kernel_tests::machine::Machine;
 use kernel_tests::skimmer::Node;
 use serde::de::DeserializeOwned;
 
+use crate::data::UNREAD;
+use crate::probe::Sum;
 use crate::scenario::Custom;
 
 /// For commands that do a trifle, under emulation on a busy host.
@@ -137,6 +139,14 @@ impl<'a> Stage<'a> {
         serde_json::from_slice(&answer).with_context(|| format!("skimmer-probe {}", arguments.join(" ")))
     }
 
+    /// What a contender shows: everything but what workloads never read and what a file system brings itself.
+    ///
+    /// # Errors
+    /// Something cannot be read.
+    pub fn sum(&self, contender: &Mounted<'_>) -> Result<Sum> {
+        self.probe(&["sum", &contender.path, "--without", UNREAD, "--without", "lost+found"])
+    }
+
     /// Forgets what the kernel keeps in memory of files.
     ///
     /// # Errors
@@ -152,7 +162,10 @@ impl<'a> Stage<'a> {
     pub fn tool(&self, line: &str) -> Result<Vec<u8>> {
         match self.tools.as_str() {
             "/" => self.machine.check(&["sh", "-c", line], LONG),
-            root => self.machine.check(&["chroot", root, "/bin/sh", "-c", line], LONG),
+            root => {
+                let line = format!("PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH; {line}");
+                self.machine.check(&["chroot", root, "/bin/sh", "-c", &line], LONG)
+            }
         }
     }
 

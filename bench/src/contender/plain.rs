@@ -31,9 +31,10 @@ impl<'a> Stage<'a> {
             return Ok(Outcome::Skipped("this kernel has no FUSE".to_owned()));
         }
         let point = self.mount_point(name)?;
-        let source = format!("source={},cache=always", self.tree);
-        // It goes to the background when the mount stands.
-        self.machine.check(&[&self.fuse, "-o", &source, &point], SHORT)?;
+        // It keeps a descriptor for every file it has shown, and goes to the background when the mount stands.
+        let line =
+            format!("ulimit -n 1048576; '{}' -o 'source={},cache=always' '{point}'", self.fuse, self.tree);
+        self.machine.check(&["sh", "-c", &line], SHORT)?;
         let undo = Undo { machine: self.machine, line: format!("umount '{point}'") };
         Ok(self.mounted(name, point, None, vec![undo]))
     }

@@ -8,12 +8,24 @@ use super::table::{Page, Section};
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}\
 h2{margin-top:2.5em;border-bottom:1px solid #ccc}table{border-collapse:collapse;margin:.5em 0 1em;font-size:14px}\
-caption{text-align:left;font-weight:600;padding:.4em 0}th,td{padding:.2em .8em;border-bottom:1px solid #e4e4e4;\
+caption{white-space:nowrap;text-align:left;font-weight:600;padding:.4em 0}th,td{padding:.2em .8em;border-bottom:1px solid #e4e4e4;\
 text-align:left;vertical-align:top}td+td{font-variant-numeric:tabular-nums}thead th{border-bottom:2px solid #999}\
 .failed{color:#b00020;font-weight:600}.skipped{color:#666}svg{max-width:100%;height:auto}nav li{margin:.1em 0}";
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// Escaped words, with `code` as such.
+fn prose(text: &str) -> String {
+    let mut parts = text.split('`');
+    let mut html = escape(parts.next().unwrap_or_default());
+    for (index, part) in parts.enumerate() {
+        let tag = if index % 2 == 0 { "<code>" } else { "</code>" };
+        html.push_str(tag);
+        html.push_str(&escape(part));
+    }
+    html
 }
 
 /// The page with its plots.
@@ -46,7 +58,7 @@ pub(super) fn html(page: &Page, plots: &BTreeMap<String, String>) -> String {
 fn section_html(text: &mut String, section: &Section, plots: &BTreeMap<String, String>) {
     let about = &section.about;
     let (name, title) = (escape(&about.scenario), escape(&about.title));
-    let _ = write!(text, "<h2 id=\"{name}\">{title}</h2><p>{}</p>", escape(&about.about));
+    let _ = write!(text, "<h2 id=\"{name}\">{title}</h2><p>{}</p>", prose(&about.about));
     for line in &section.failed {
         let _ = write!(text, "<p class=\"failed\">FAILED: {}</p>", escape(line));
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
@@ -11,6 +11,8 @@ use crate::record::Better;
 
 /// Wide enough for a page, in pixels.
 const WIDTH: u32 = 900;
+/// Room for names beside curves, in pixels.
+const LEGEND: u16 = 200;
 /// Told apart by people who see colours differently (Okabe and Ito 2008).
 const COLOURS: [RGBColor; 8] = [
     RGBColor(0x55, 0x55, 0x55),
@@ -229,7 +231,8 @@ fn curves(
     let (y_low, y_high) = (low(&|p| p.1), high(&|p| p.1));
     anyhow::ensure!(x_low.is_finite(), "a plot without points");
     let mut builder = ChartBuilder::on(area);
-    builder.caption(caption, ("sans-serif", 15)).margin(8).x_label_area_size(30).y_label_area_size(80);
+    builder.caption(caption, ("sans-serif", 15)).margin(8).margin_right(i32::from(LEGEND));
+    builder.x_label_area_size(30).y_label_area_size(80);
     // The axes are drawn over positions; labels turn them back into values.
     let scale_x = move |x: f64| if logarithmic_x { x.max(1e-12).log10() } else { x };
     let steep = y_low > 0.0 && y_high / y_low > 10.0;
@@ -259,25 +262,22 @@ fn curves(
         .light_line_style(WHITE)
         .draw()
         .map_err(drawing)?;
-    for (index, (name, points)) in series.iter().enumerate() {
+    for (index, (_, points)) in series.iter().enumerate() {
         let colour = colour(index);
         let places: Vec<(f64, f64)> = points.iter().map(|(x, y)| (scale_x(*x), scale_y(*y))).collect();
-        chart
-            .draw_series(LineSeries::new(places.clone(), colour.stroke_width(2)))
-            .map_err(drawing)?
-            .label(name.clone())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+        chart.draw_series(LineSeries::new(places.clone(), colour.stroke_width(2))).map_err(drawing)?;
         chart
             .draw_series(places.iter().map(|place| Circle::new(*place, 3, colour.filled())))
             .map_err(drawing)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.3))
-        .label_font(("sans-serif", 12))
-        .draw()
-        .map_err(drawing)
-        .context("legend")
+    // Beside the curves, where it covers none.
+    let left = i32::try_from(WIDTH)? - i32::from(LEGEND) + 8;
+    for (index, (name, _)) in series.iter().enumerate() {
+        let y = 40 + 20 * i32::try_from(index)?;
+        let line = PathElement::new([(left, y), (left + 18, y)], colour(index).stroke_width(2));
+        area.draw(&line).map_err(drawing)?;
+        let style = TextStyle::from(("sans-serif", 12).into_font()).color(&BLACK);
+        area.draw_text(name, &style, (left + 24, y - 7)).map_err(drawing)?;
+    }
+    Ok(())
 }

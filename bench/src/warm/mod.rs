@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::contender::{Mounted, NATIVE, Outcome, Stage};
-use crate::data::{TreeSpec, UNREAD};
+use crate::data::TreeSpec;
 use crate::probe::Sum;
 use crate::record::Place;
 use crate::run::Bench;
@@ -113,7 +113,7 @@ fn mount_all<'a>(
                 continue;
             }
         };
-        let sum: Result<Sum> = stage.probe(&["sum", &contender.path, "--without", UNREAD]);
+        let sum = stage.sum(&contender);
         let verdict = sum.and_then(|sum| match &expected {
             None => {
                 expected = Some(Arc::new(sum));
