@@ -46,7 +46,7 @@ pub(crate) struct Options {
     /// Where results.jsonl, report.html and plots go [default: target/bench/DATE]
     #[arg(long)]
     results: Option<PathBuf>,
-    /// Keep the results as docs/performance and write docs/performance.md from them
+    /// Keep the results in docs/performance, a file a scenario, and write docs/performance.md from all of them
     #[arg(long)]
     docs: bool,
     /// Only tell which scenarios there are
@@ -180,15 +180,28 @@ fn conditions(options: &Options, date: String) -> Result<Run> {
     })
 }
 
-/// Makes these results the ones that the documents show.
+/// Makes these results the ones that the documents show: a file for each scenario that ran.
 fn keep(lines: &[Line]) -> Result<()> {
-    let path = docs::results();
-    std::fs::create_dir_all(path.parent().context("the results have a folder")?)?;
-    let mut text = String::new();
+    let directory = docs::results();
+    std::fs::create_dir_all(&directory)?;
+    let (mut name, mut of) = (None, std::collections::BTreeMap::<String, Vec<&Line>>::new());
+    let run: Vec<&Line> = lines.iter().filter(|line| matches!(line, Line::Run(_))).collect();
     for line in lines {
-        text.push_str(&serde_json::to_string(line)?);
-        text.push('\n');
+        if let Line::Scenario(about) = line {
+            name = Some(about.scenario.clone());
+        }
+        if let (Some(name), false) = (&name, matches!(line, Line::End { .. })) {
+            of.entry(name.clone()).or_default().push(line);
+        }
     }
-    std::fs::write(&path, text).with_context(|| format!("{}", path.display()))?;
+    for (name, lines) in of {
+        let mut text = String::new();
+        for line in run.iter().chain(&lines) {
+            text.push_str(&serde_json::to_string(line)?);
+            text.push('\n');
+        }
+        let path = directory.join(format!("{name}.jsonl"));
+        std::fs::write(&path, text).with_context(|| format!("{}", path.display()))?;
+    }
     docs::run(&docs::Options { check: false })
 }

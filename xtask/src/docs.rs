@@ -20,9 +20,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     run::check(&mut run::cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
     let mut stale = Vec::new();
     let mut documents = vec![("cli.md", cli()?), ("configuration.md", configuration()?)];
-    if results().exists() {
-        documents.push(("performance.md", report::performance(&report::page(&report::read(&results())?))));
-    }
+    documents.push(("performance.md", performance()?));
     for (name, text) in documents {
         let path = run::workspace().join("docs").join(name);
         if options.check {
@@ -39,9 +37,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The run that `docs/performance.md` shows.
+/// The last run of each scenario.
 pub(crate) fn results() -> PathBuf {
-    run::workspace().join("docs/performance/results.jsonl")
+    run::workspace().join("docs/performance")
+}
+
+fn performance() -> Result<String> {
+    let files = fs::read_dir(results()).with_context(|| format!("{}", results().display()))?;
+    let mut files: Vec<PathBuf> = files.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    files.sort();
+    let pages: Result<Vec<_>> = files.iter().map(|path| Ok(report::page(&report::read(path)?))).collect();
+    Ok(report::performance(&pages?))
 }
 
 fn help(program: &Path, args: &[&str]) -> Result<String> {

@@ -15,7 +15,7 @@ use crate::run::Bench;
 use crate::scenario::Scenario;
 
 pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &Far) -> Result<()> {
-    for image in &world.images {
+    for image in world.images.iter().filter(|image| far.wants(image)) {
         let case = format!("{}, {}", image.name, far.case);
         let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };
         let mut contenders: Vec<&str> = scenario.contenders.iter().map(String::as_str).collect();

@@ -28,6 +28,8 @@ pub struct Spec {
     /// Images of Debian packages, by name; `misses` makes its own.
     #[serde(default)]
     pub images: Vec<String>,
+    /// Images in guests instead, which are slow.
+    pub guest_images: Option<Vec<String>>,
     /// Images of quick runs instead.
     pub quick_images: Option<Vec<String>>,
     /// Chunks of 1 MiB in the file of `misses`.
@@ -59,7 +61,7 @@ pub enum Measure {
 }
 
 /// A link to the registry.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinkSpec {
     /// Mbit/s.
@@ -69,10 +71,12 @@ pub struct LinkSpec {
     /// Packets lost of 1,000.
     #[serde(default)]
     pub loss_per_mille: u32,
+    /// Only these images, where all would take too long.
+    pub images: Option<Vec<String>>,
 }
 
 impl LinkSpec {
-    fn shape(self) -> Shape {
+    fn shape(&self) -> Shape {
         Shape {
             bits_per_second: self.mbit * 1_000_000,
             delay: Duration::from_micros(self.rtt_ms * 500),
@@ -94,8 +98,9 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
         Some(links) if bench.quick() => links,
         _ => &spec.links,
     };
-    let images = match &spec.quick_images {
-        Some(images) if bench.quick() => images,
+    let images = match (&spec.quick_images, &spec.guest_images) {
+        (Some(images), _) if bench.quick() => images,
+        (_, Some(images)) if machine != "host" => images,
         _ => &spec.images,
     };
     ensure!(!links.is_empty(), "`links` is empty");
@@ -113,7 +118,7 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
     }
     for link in links {
         bench.check()?;
-        let far = world.connect(link.shape())?;
+        let far = world.connect(link)?;
         match spec.measure {
             Measure::Start => start::run(bench, scenario, &world, &far)?,
             Measure::Everything => everything::run(bench, scenario, &world, &far)?,

@@ -18,7 +18,7 @@ use crate::run::Bench;
 use crate::scenario::Scenario;
 
 pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &Far) -> Result<()> {
-    for image in &world.images {
+    for image in world.images.iter().filter(|image| far.wants(image)) {
         let program = image.program.context("an image without a program")?;
         let case = format!("{}, {}", image.name, far.case);
         let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };

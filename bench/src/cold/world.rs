@@ -15,10 +15,11 @@ use serde_json::Value;
 use skimmer_vm_images::{disk, run};
 use tempfile::TempDir;
 
+use super::LinkSpec;
 use crate::contender::{SHORT, guest_programs, text};
 use crate::content;
 use crate::data::SEED;
-use crate::link::{Link, Shape};
+use crate::link::Link;
 use crate::probe::{self, Sum};
 use crate::run::Bench;
 
@@ -63,6 +64,8 @@ pub(super) struct Far {
     pub(super) link: Link,
     /// The link's words.
     pub(super) case: String,
+    /// The only images that are worth its time; all when absent.
+    images: Option<Vec<String>>,
 }
 
 impl World {
@@ -151,7 +154,8 @@ impl World {
     }
 
     /// Makes a link and starts the registry behind it.
-    pub(super) fn connect(&self, shape: Shape) -> Result<Far> {
+    pub(super) fn connect(&self, spec: &LinkSpec) -> Result<Far> {
+        let shape = spec.shape();
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let namespace = format!("skimmer-bench-{}-{number}", std::process::id());
@@ -160,7 +164,8 @@ impl World {
         let address = SocketAddr::from((link.far(), PORT));
         let content = self.scratch.path().join("registry");
         let registry = Registry::start_by(link.at_far("docker-registry"), &directory, &content, address)?;
-        Ok(Far { registry: std::cell::RefCell::new(registry), link, case: shape.to_string() })
+        let (registry, case) = (std::cell::RefCell::new(registry), shape.to_string());
+        Ok(Far { registry, link, case, images: spec.images.clone() })
     }
 
     /// A folder on the machine that no other contender or round has.
@@ -178,6 +183,11 @@ impl World {
 }
 
 impl Far {
+    /// Whether an image is measured over this link.
+    pub(super) fn wants(&self, image: &Published) -> bool {
+        self.images.as_ref().is_none_or(|images| images.contains(&image.name))
+    }
+
     /// Requests that the registry has answered so far.
     pub(super) fn requests(&self) -> Result<usize> {
         Ok(self.registry.borrow_mut().requests()?.len())

@@ -56,7 +56,7 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
     };
     let mut contenders = mount_all(bench, scenario, &stage, &place(""))?;
     for round in 0..bench.rounds(scenario) {
-        for workload in &workloads {
+        for workload in workloads.iter().filter(|workload| workload.rounds.is_none_or(|most| round < most)) {
             let mut fallen = Vec::new();
             for contender in &contenders {
                 bench.check()?;

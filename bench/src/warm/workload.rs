@@ -23,6 +23,8 @@ pub struct Workload {
     /// Left out in guests.
     #[serde(default)]
     pub host_only: bool,
+    /// At most so many rounds; all of the scenario's when absent.
+    pub rounds: Option<u32>,
     /// The page cache keeps what the last run read; otherwise it is dropped before each measurement.
     #[serde(default)]
     pub page_cache: bool,
