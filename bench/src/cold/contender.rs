@@ -108,14 +108,10 @@ impl<'a> Fresh<'a> {
 
     /// What the daemon and the keeper use.
     pub(super) fn usage(&self) -> Result<Usage> {
-        let daemon = self.node.status()?["pid"].as_u64().context("status holds no pid")?.to_string();
-        let sockets = format!("{}/run/keeper.sock", self.directory);
-        let keeper =
-            self.world.machine.run(&["pgrep", "-f", &format!("skimmer-keeper.*{sockets}")], SHORT)?;
-        let keeper = String::from_utf8_lossy(&keeper.stdout).into_owned();
+        let (daemon, keeper) = self.node.processes()?;
+        let (daemon, keeper) = (daemon.to_string(), keeper.to_string());
         let probe = format!("{}/skimmer-probe", self.world.programs);
-        let mut argv = vec![probe.as_str(), "usage", &daemon];
-        argv.extend(keeper.split_whitespace());
+        let argv = [probe.as_str(), "usage", &daemon, &keeper];
         Ok(serde_json::from_slice(&self.world.machine.check(&argv, SHORT)?)?)
     }
 

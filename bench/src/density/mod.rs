@@ -56,7 +56,7 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
         _ => &spec.images,
     };
     ensure!(numbers.is_sorted() && !numbers.is_empty(), "`images` must rise");
-    skimmer_vm_images::apt::ensure(&["docker-registry", "procps"])?;
+    skimmer_vm_images::apt::ensure(&["docker-registry"])?;
     let most = numbers.last().copied().unwrap_or(0);
     let base = skimmer_vm_images::cache::root()?.join("work");
     std::fs::create_dir_all(&base)?;
@@ -100,13 +100,7 @@ impl<'a> Round<'a> {
         let (run, root) = (text(&directory.join("run"))?, text(&directory.join("cache"))?);
         let node = Node::new(host, &programs, &format!("{programs}/skimmer-agent"), &run, &root)?;
         node.start_daemon()?;
-        let daemon = u32::try_from(node.status()?["pid"].as_u64().context("status holds no pid")?)?;
-        let found = host.check(
-            &["pgrep", "-f", &format!("skimmer-keeper.*{run}/keeper.sock")],
-            Duration::from_secs(10),
-        )?;
-        let keeper =
-            String::from_utf8_lossy(&found).trim().parse().context("which process is the keeper?")?;
+        let (daemon, keeper) = node.processes()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = runtime.block_on(Client::connect(format!("{run}/skimmerd.sock")))?;
         Ok(Round { images, node, client, runtime, directory, daemon, keeper })
