@@ -23,6 +23,9 @@ pub struct Scenario {
     /// Whether quick runs include it.
     #[serde(default)]
     pub quick: bool,
+    /// Takes so long that it runs only when named.
+    #[serde(default)]
+    pub only_by_name: bool,
     /// Rounds of a full run.
     pub rounds: u32,
     /// Rounds of a quick run; those of a full run when absent.

@@ -32,7 +32,7 @@ const PACKAGES: &[&str] = &[
 /// What to measure.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Names of scenarios; all when absent
+    /// Names of scenarios; without any, all but those that run only by name
     scenarios: Vec<String>,
     /// The scenarios marked for it, with fewer rounds, cases and machines: about a quarter of an hour
     #[arg(long)]
@@ -58,8 +58,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut scenarios = scenarios()?;
     if options.list {
         for scenario in &scenarios {
-            let quick = if scenario.quick { " (quick too)" } else { "" };
-            println!("{:16} {}{quick}", scenario.name, scenario.title);
+            let when = match scenario {
+                scenario if scenario.only_by_name => " (only by name)",
+                scenario if scenario.quick => " (quick too)",
+                _ => "",
+            };
+            println!("{:16} {}{when}", scenario.name, scenario.title);
         }
         return Ok(());
     }
@@ -71,7 +75,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         skimmer_vm_images::recipe(machine)?;
     }
     if options.scenarios.is_empty() {
-        scenarios.retain(|scenario| !options.quick || scenario.quick);
+        scenarios.retain(|scenario| !scenario.only_by_name && (!options.quick || scenario.quick));
     } else {
         scenarios.retain(|scenario| options.scenarios.contains(&scenario.name));
     }

@@ -20,8 +20,8 @@ use crate::data::{self, TreeSpec};
 use crate::fuse;
 use crate::run::Bench;
 
-/// Programs of workloads in guests.
-const TOOLS: &[&str] = &["coreutils", "dash", "fio", "gcc", "libc6-dev", "make", "tar"];
+/// Debian packages of workloads, besides those that a source needs.
+const TOOLS: &[&str] = &["coreutils", "dash", "fio", "tar"];
 
 /// What contenders need.
 pub(super) struct Prepared {
@@ -52,10 +52,11 @@ impl Prepared {
             .arg(&tree_path)
             .arg(store.join("layout")))?;
         flatten(&store.join("layout"), &store.join("flat"))?;
+        let packages = [TOOLS, tree.source.packages()].concat();
         let fuse = fuse::passthrough()?;
         bench.check()?;
         if machine == "host" {
-            apt::ensure(TOOLS)?;
+            apt::ensure(&packages)?;
             let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
             return Ok(Prepared {
                 name: format!("host {}", release.trim()),
@@ -81,7 +82,7 @@ impl Prepared {
             spec.disks.push(GuestDisk { read_only, ..GuestDisk::new(name, &path, mount) });
         };
         // Everything that workloads read lies below the root of their programs.
-        add("tools", tools()?, "/tools", true);
+        add("tools", tools(&packages)?, "/tools", true);
         add("work", image("work"), "/tools/mnt", false);
         add("tree", image("tree"), "/tools/mnt/tree", true);
         add("store", image("store.disk"), "/tools/mnt/store", true);
@@ -139,8 +140,8 @@ fn flatten(layout: &Path, flat: &Path) -> Result<()> {
 }
 
 /// A disk with the workloads' programs.
-fn tools() -> Result<PathBuf> {
-    let root = debian::root(TOOLS)?;
+fn tools(packages: &[&str]) -> Result<PathBuf> {
+    let root = debian::root(packages)?;
     let mut key = Key::new("tools disk");
     key.add(root.as_os_str().as_encoded_bytes());
     let entry = Entry::new("disks", &key.finish())?

@@ -66,16 +66,6 @@ impl Workload {
         !(quick && self.long || guest && self.host_only)
     }
 
-    /// Debian packages of its programs.
-    pub fn packages(&self, source: Source) -> &'static [&'static str] {
-        match self.run {
-            Action::Fio(_) => &["fio"],
-            Action::Tar => &["tar"],
-            Action::Walk => &[],
-            Action::Compile => source.packages(),
-        }
-    }
-
     /// Measures one contender once.
     pub(super) fn measure(
         &self,
