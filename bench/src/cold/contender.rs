@@ -10,6 +10,7 @@ use crate::contender::SHORT;
 use crate::probe::Usage;
 use crate::record::{Better, Place, Unit};
 use crate::run::Bench;
+use crate::scenario::Scenario;
 
 /// A node with an empty cache and a running daemon.
 pub(super) struct Fresh<'a> {
@@ -83,6 +84,40 @@ impl Ours {
         let why = report["reason"].as_str().unwrap_or("no reason given").to_owned();
         Ok((report["usable"] != true).then_some(why))
     }
+}
+
+/// Runs the contenders of a scenario in turn, round by round, each with nothing in any cache. Those of `left_out` do
+/// not take part, with the reason; one that fails takes no further part.
+pub(super) fn rounds(
+    bench: &mut Bench,
+    scenario: &Scenario,
+    world: &World,
+    place: &Place,
+    left_out: impl Fn(&str) -> Option<String>,
+    mut measure: impl FnMut(&mut Bench, Option<Ours>, (&Place, &str, u32)) -> Result<()>,
+) -> Result<()> {
+    let mut contenders = Vec::new();
+    for name in scenario.names() {
+        let why = match Ours::of(world, name) {
+            Some(ours) => ours.unusable(world)?,
+            None => left_out(name),
+        };
+        match why {
+            Some(why) => bench.skipped(place, name, &why)?,
+            None => contenders.push(name),
+        }
+    }
+    for round in 0..bench.rounds(scenario) {
+        for name in contenders.clone() {
+            bench.check()?;
+            world.forget()?;
+            if let Err(error) = measure(bench, Ours::of(world, name), (place, name, round)) {
+                bench.failed(place, name, &error)?;
+                contenders.retain(|other| *other != name);
+            }
+        }
+    }
+    Ok(())
 }
 
 impl<'a> Fresh<'a> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use skimmer_vm_images::run as run_command;
 
-use super::contender::{Before, Fresh, Ours};
+use super::contender::{Before, Fresh, Ours, rounds};
 use super::world::{Far, Published, World};
 use crate::contender::LONG;
 use crate::probe::Sum;
@@ -18,31 +18,20 @@ pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &F
     for image in world.images.iter().filter(|image| far.wants(image)) {
         let case = format!("{}, {}", image.name, far.case);
         let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };
-        let mut contenders: Vec<&str> = scenario.contenders.iter().map(String::as_str).collect();
-        for name in contenders.clone() {
-            if let Some(why) = Ours::of(world, name).map(|ours| ours.unusable(world)).transpose()?.flatten() {
-                bench.skipped(&place, name, &why)?;
-                contenders.retain(|other| *other != name);
-            }
-        }
-        for round in 0..bench.rounds(scenario) {
-            for name in contenders.clone() {
-                bench.check()?;
-                world.forget()?;
-                let outcome = match Ours::of(world, name) {
-                    Some(contender) => ours(bench, world, far, image, &contender, (&place, name, round)),
-                    None => download(far, image).map(Some),
+        rounds(
+            bench,
+            scenario,
+            world,
+            &place,
+            |_| None,
+            |bench, contender, at| {
+                let took = match contender {
+                    Some(contender) => ours(bench, world, far, image, &contender, at)?,
+                    None => download(far, image)?,
                 };
-                let before = outcome.and_then(|seconds| {
-                    let Some(seconds) = seconds else { return Ok(()) };
-                    report(bench, image, (&place, name, round), seconds)
-                });
-                if let Err(error) = before {
-                    bench.failed(&place, name, &error)?;
-                    contenders.retain(|other| *other != name);
-                }
-            }
-        }
+                report(bench, image, at, took)
+            },
+        )?;
     }
     Ok(())
 }
@@ -63,7 +52,7 @@ fn ours(
     image: &Published,
     contender: &Ours,
     at: (&Place, &str, u32),
-) -> Result<Option<Duration>> {
+) -> Result<Duration> {
     let mut fresh = Fresh::new(world, contender)?;
     let (point, mounted) = fresh.mount(far, image)?;
     let used = fresh.usage()?;
@@ -89,7 +78,7 @@ fn ours(
             expected.bytes
         );
     }
-    Ok(Some(took))
+    Ok(took)
 }
 
 /// The same compressed bytes by curl, over one connection.

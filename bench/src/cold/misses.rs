@@ -5,7 +5,7 @@ use erofs_format::Image;
 use skimmer_fetcher::image::{OpenOptions, open};
 use skimmer_fetcher::reference::Reference;
 
-use super::contender::{Before, Fresh, Ours};
+use super::contender::{Before, Fresh, Ours, rounds};
 use super::world::{FILE, Far, Published, World};
 use crate::contender::{LONG, text};
 use crate::data::SEED;
@@ -24,29 +24,17 @@ pub(super) fn run(
     let image = world.images.first().context("nothing was published")?;
     let place =
         Place { scenario: scenario.name.clone(), machine: world.name.clone(), case: far.case.clone() };
-    let mut contenders: Vec<&str> = scenario.contenders.iter().map(String::as_str).collect();
-    for name in contenders.clone() {
-        if let Some(why) = Ours::of(world, name).map(|ours| ours.unusable(world)).transpose()?.flatten() {
-            bench.skipped(&place, name, &why)?;
-            contenders.retain(|other| *other != name);
-        }
-    }
-    for round in 0..bench.rounds(scenario) {
-        for name in contenders.clone() {
-            bench.check()?;
-            world.forget()?;
-            let at = (&place, name, round);
-            let outcome = match Ours::of(world, name) {
-                Some(contender) => ours(bench, world, far, image, &contender, at, reads),
-                None => raw(bench, world, far, image, at, reads),
-            };
-            if let Err(error) = outcome {
-                bench.failed(&place, name, &error)?;
-                contenders.retain(|other| *other != name);
-            }
-        }
-    }
-    Ok(())
+    rounds(
+        bench,
+        scenario,
+        world,
+        &place,
+        |_| None,
+        |bench, contender, at| match contender {
+            Some(contender) => ours(bench, world, far, image, &contender, at, reads),
+            None => raw(bench, world, far, image, at, reads),
+        },
+    )
 }
 
 fn report(bench: &mut Bench, (place, name, round): (&Place, &str, u32), latency: &Latency) -> Result<()> {

@@ -93,7 +93,10 @@ pub const PACKAGES: &[&str] = &["curl", "docker-registry", "iproute2", "skopeo",
 /// # Errors
 /// The scenario cannot be set up, or the run was interrupted.
 pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -> Result<()> {
-    ensure!(scenario.custom.is_empty(), "cold scenarios take no [[custom]] contenders yet");
+    ensure!(
+        scenario.custom.is_empty() || spec.measure == Measure::Start,
+        "only cold scenarios that measure starts take [[custom]] contenders"
+    );
     let links = match &spec.quick_links {
         Some(links) if bench.quick() => links,
         _ => &spec.links,

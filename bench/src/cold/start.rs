@@ -9,51 +9,82 @@ use anyhow::{Context, Result, bail};
 use kernel_tests::debian_image::Program;
 use skimmer_vm_images::run as run_command;
 
-use super::contender::{Before, Fresh, Ours};
+use super::contender::{Before, Fresh, Ours, rounds};
 use super::world::{Far, Published, World};
 use crate::contender::{LONG, SHORT};
 use crate::probe::Start;
 use crate::record::{Better, Place, Unit};
 use crate::run::Bench;
-use crate::scenario::Scenario;
+use crate::scenario::{Custom, Scenario};
 
 pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &Far) -> Result<()> {
     for image in world.images.iter().filter(|image| far.wants(image)) {
         let program = image.program.context("an image without a program")?;
         let case = format!("{}, {}", image.name, far.case);
         let place = Place { scenario: scenario.name.clone(), machine: world.name.clone(), case };
-        let mut contenders: Vec<&str> = Vec::new();
-        for name in scenario.contenders.iter().map(String::as_str) {
-            let why = match Ours::of(world, name) {
-                Some(ours) => ours.unusable(world)?,
-                // The download alone is this host's curl, over the same link.
-                None if world.guest && name != "raw" => {
-                    Some("it would measure the emulator, not the work: compare with the host's".to_owned())
-                }
-                None => None,
-            };
-            match why {
-                Some(why) => bench.skipped(&place, name, &why)?,
-                None => contenders.push(name),
+        let left_out = |name: &str| {
+            if let Some(custom) = scenario.custom.iter().find(|custom| custom.name == name) {
+                return missing(world, custom);
             }
-        }
-        for round in 0..bench.rounds(scenario) {
-            for name in contenders.clone() {
-                bench.check()?;
-                world.forget()?;
-                let at = (&place, name, round);
-                let outcome = match Ours::of(world, name) {
-                    Some(contender) => ours(bench, world, far, (image, program), &contender, at),
-                    None => pulled(bench, world, far, (image, program), at),
-                };
-                if let Err(error) = outcome {
-                    bench.failed(&place, name, &error)?;
-                    contenders.retain(|other| *other != name);
-                }
+            // The download alone is this host's curl, over the same link.
+            let emulated = world.guest && name != "raw";
+            emulated
+                .then(|| "it would measure the emulator, not the work: compare with the host's".to_owned())
+        };
+        rounds(bench, scenario, world, &place, left_out, |bench, contender, at| {
+            let custom = scenario.custom.iter().find(|custom| custom.name == at.1);
+            match (contender, custom) {
+                (Some(contender), _) => ours(bench, world, far, (image, program), &contender, at),
+                (None, Some(custom)) => by_lines(bench, world, far, (image, program), custom, at),
+                (None, None) => pulled(bench, world, far, (image, program), at),
             }
-        }
+        })?;
     }
     Ok(())
+}
+
+/// The first program of a contender by command lines that is not there.
+fn missing(world: &World, custom: &Custom) -> Option<String> {
+    let absent = |program: &&String| {
+        let line = format!("command -v {program}");
+        !world.machine.run(&["sh", "-c", &line], SHORT).is_ok_and(|output| output.success())
+    };
+    custom.programs.iter().find(absent).map(|program| format!("{program} is not installed"))
+}
+
+/// A contender by command lines: `mount` makes the image's root appear at `$MOUNT`.
+fn by_lines(
+    bench: &mut Bench,
+    world: &World,
+    far: &Far,
+    (image, program): (&Published, &Program),
+    custom: &Custom,
+    at: (&Place, &str, u32),
+) -> Result<()> {
+    let work = world.fresh();
+    let point = format!("{work}/mnt");
+    world.machine.check(&["mkdir", "-p", &point], SHORT)?;
+    let variables = format!(
+        "set -e; MOUNT='{point}' WORK='{work}' REGISTRY='{}' IMAGE='{}'; export MOUNT WORK REGISTRY IMAGE; cd '{work}'\n",
+        far.registry.borrow().address(),
+        image.name
+    );
+    let line = |text: &str| world.machine.check(&["sh", "-c", &format!("{variables}{text}")], LONG);
+    line(&custom.prepare)?;
+    let before = Before::now(far)?;
+    let begin = Instant::now();
+    let outcome = line(&custom.mount).and_then(|_| {
+        let mounted = begin.elapsed();
+        Ok((mounted, start(world, program, &point)?))
+    });
+    // Taken back even when only half of it was done.
+    let undone = line(&custom.unmount).and_then(|_| line(&custom.clean));
+    let (mounted, started) = outcome?;
+    undone?;
+    time(bench, at, "time", mounted + started)?;
+    time(bench, at, "mount", mounted)?;
+    before.moved(bench, far, at, None)?;
+    world.machine.check(&["rm", "-rf", &work], SHORT).map(drop)
 }
 
 fn time(
