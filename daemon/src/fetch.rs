@@ -3,12 +3,12 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skimmer_engine::{Failure, FailureClass, FlightId};
 use skimmer_fetcher::chunk::{self, ChunkError, ChunkSpec, FetchError, Verified};
-use skimmer_fetcher::source::{BlobRef, Body, ErrorClass, Source, SourceError};
+use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, SourceError};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -16,6 +16,7 @@ use tokio::task::AbortHandle;
 use crate::arena::{Arena, Slab};
 use crate::blob::BlobChunk;
 use crate::metrics::{FetchResult, Metrics, Stage};
+use crate::requests::{Requests, Share};
 use crate::ring::Waker;
 
 /// Fewer bytes than this say nothing about a source's bandwidth.
@@ -36,11 +37,13 @@ pub(crate) struct Outcome {
     pub(crate) message: Option<String>,
     /// Time to the first byte and bytes per second, when the fetch was good and large enough to tell.
     pub(crate) measured: Option<(Duration, u64)>,
+    /// Whether it made a request of its own.
+    pub(crate) opened: bool,
 }
 
 impl Outcome {
     fn failed(class: FailureClass, retry_after: Option<Duration>, message: String) -> Self {
-        Self { result: Err(Failure { class, retry_after }), message: Some(message), measured: None }
+        Self { result: Err(Failure { class, retry_after }), message: Some(message), measured: None, opened: true }
     }
 }
 
@@ -49,6 +52,10 @@ pub(crate) struct Order {
     pub(crate) flight: FlightId,
     pub(crate) blob: BlobRef,
     pub(crate) source: Arc<dyn Source>,
+    /// Whether it may share a request with the flights before and after it.
+    pub(crate) shares: bool,
+    /// End, in the stored blob, of what is meant to follow on the same request.
+    pub(crate) until: u64,
     /// Each chunk: its position in the object's list, what it is, where it goes.
     pub(crate) chunks: Vec<(u32, ChunkSpec, Slab)>,
 }
@@ -93,6 +100,7 @@ pub(crate) struct Fetches {
     waker: Waker,
     metrics: Metrics,
     running: HashMap<FlightId, AbortHandle>,
+    requests: Requests,
 }
 
 impl Fetches {
@@ -102,14 +110,16 @@ impl Fetches {
         waker: Waker,
         metrics: Metrics,
     ) -> Self {
-        Self { runtime, queue, waker, metrics, running: HashMap::new() }
+        Self { runtime, queue, waker, metrics, running: HashMap::new(), requests: Requests::default() }
     }
 
     /// Starts a fetch; its end comes as [`Fetched::Ended`], whatever happens.
     pub(crate) fn start(&mut self, order: Order) {
         let flight = order.flight;
-        let fetch =
-            self.runtime.spawn(fetch(order, self.queue.clone(), self.waker.clone(), self.metrics.clone()));
+        // In the engine's order, so that each flight finds the one before it.
+        let share = if order.shares { self.requests.join(&order) } else { Share::alone(order.until) };
+        let task = fetch(order, share, self.queue.clone(), self.waker.clone(), self.metrics.clone());
+        let fetch = self.runtime.spawn(task);
         self.running.insert(flight, fetch.abort_handle());
         let (queue, waker, metrics) = (self.queue.clone(), self.waker.clone(), self.metrics.clone());
         self.runtime.spawn(async move {
@@ -151,26 +161,57 @@ impl Fetches {
     }
 }
 
-async fn fetch(order: Order, queue: mpsc::Sender<Fetched>, waker: Waker, metrics: Metrics) -> Outcome {
-    let Order { flight, blob, source, mut chunks } = order;
+async fn fetch(
+    order: Order,
+    share: Share,
+    queue: mpsc::Sender<Fetched>,
+    waker: Waker,
+    metrics: Metrics,
+) -> Outcome {
+    let Order { flight, blob, source, mut chunks, .. } = order;
     // The chunk list is in device order; a source is read in stored order.
     chunks.sort_by_key(|(_, spec, _)| spec.stored_offset);
     let stored = stored_bytes(&chunks);
     let positions: Vec<u32> = chunks.iter().map(|(position, ..)| *position).collect();
-    let plan = chunks.into_iter().map(|(_, spec, buffer)| (spec, buffer)).collect();
-    let timed = Timed { source: &*source, opened: Mutex::new(None) };
+    let plan: Vec<_> = chunks.into_iter().map(|(_, spec, buffer)| (spec, buffer)).collect();
     let start = Instant::now();
     let mut first_chunk = None;
-    metrics.fetched_bytes.inc_by(stored);
-    let result = chunk::fetch(&timed, &blob, plan, |at, buffer| {
-        first_chunk.get_or_insert_with(Instant::now);
-        metrics.verified_bytes.inc_by(u64::try_from(buffer.len()).unwrap_or(u64::MAX));
-        let message = Fetched::Chunk { flight, position: positions[at], buffer };
-        // There is a place in the queue for each block of buffer memory, so it is full only when the driver is gone.
-        if queue.try_send(message).is_ok() {
-            waker.wake();
-        }
-    })
+    let mut opened = None;
+    let Share { before, after, until } = share;
+    let result = async {
+        let Some(range) = chunk::stored_range(&plan) else { return Ok(()) };
+        let taken = match before {
+            Some(before) => before.await.ok(),
+            None => None,
+        };
+        let body = match taken.filter(|body| body.position() <= range.start) {
+            Some(body) => body,
+            None => {
+                metrics.source_requests.inc();
+                let range = range.start..range.end.max(until.min(blob.size));
+                let body = source.read(&blob, range).await?;
+                opened = Some(Instant::now());
+                body
+            }
+        };
+        metrics.fetched_bytes.inc_by(stored);
+        let on_chunk = |at: usize, buffer: Verified<Slab>| {
+            first_chunk.get_or_insert_with(Instant::now);
+            metrics.verified_bytes.inc_by(u64::try_from(buffer.len()).unwrap_or(u64::MAX));
+            let message = Fetched::Chunk { flight, position: positions[at], buffer };
+            // There is a place in the queue for each block of buffer memory, so it is full only when the driver is
+            // gone.
+            if queue.try_send(message).is_ok() {
+                waker.wake();
+            }
+        };
+        let hand_over = |body| {
+            if let Some(after) = after {
+                after.give(body);
+            }
+        };
+        chunk::fetch_from(source.name(), &blob, body, plan, on_chunk, hand_over).await
+    }
     .await;
     let end = Instant::now();
     let first_chunk = first_chunk.unwrap_or(end);
@@ -179,13 +220,12 @@ async fn fetch(order: Order, queue: mpsc::Sender<Fetched>, waker: Waker, metrics
     metrics.fetch(if result.is_ok() { FetchResult::ok } else { FetchResult::failed });
     match result {
         Ok(()) => {
-            let opened = timed.opened.into_inner().unwrap_or_else(PoisonError::into_inner);
             let measured = opened.filter(|_| stored >= MEASURABLE).and_then(|opened| {
                 let nanos = (end - opened).as_nanos().max(1);
                 let bandwidth = u128::from(stored).checked_mul(1_000_000_000)? / nanos;
                 Some((opened - start, u64::try_from(bandwidth).ok()?))
             });
-            Outcome { result: Ok(()), message: None, measured }
+            Outcome { result: Ok(()), message: None, measured, opened: opened.is_some() }
         }
         Err(error) => {
             let (class, retry_after) = classify(&error);
@@ -227,29 +267,6 @@ fn classify(error: &FetchError) -> (FailureClass, Option<Duration>) {
             _ => (FailureClass::Corrupt, None),
         },
         FetchError::Plan(_) => (FailureClass::Fatal, None),
-    }
-}
-
-/// A source that remembers when its first answer came.
-struct Timed<'a> {
-    source: &'a dyn Source,
-    opened: Mutex<Option<Instant>>,
-}
-
-#[async_trait::async_trait]
-impl Source for Timed<'_> {
-    fn name(&self) -> &str {
-        self.source.name()
-    }
-
-    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
-        let body = self.source.read(blob, range).await;
-        *self.opened.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-        body
-    }
-
-    async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError> {
-        self.source.has(blob).await
     }
 }
 

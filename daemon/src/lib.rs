@@ -11,5 +11,6 @@ pub mod fetch;
 pub mod frontend;
 pub mod metrics;
 pub mod mounts;
+mod requests;
 pub mod ring;
 pub mod store;

@@ -139,6 +139,8 @@ pub struct Metrics {
     pub fetches: Family<FetchLabels, Counter>,
     /// Attempts after the first of a fetch.
     pub retries: Counter,
+    /// Requests made to sources for chunks; one may serve many fetches.
+    pub source_requests: Counter,
     /// Bytes the kernel asked for; with the fetched ones this gives the amplification.
     pub asked_bytes: Family<ModeLabel, Counter>,
     /// Stored (compressed) bytes asked of sources.
@@ -171,6 +173,7 @@ impl Metrics {
             stages: Family::new_with_constructor(seconds as fn() -> Histogram),
             fetches: Family::default(),
             retries: Counter::default(),
+            source_requests: Counter::default(),
             asked_bytes: Family::default(),
             fetched_bytes: Counter::default(),
             verified_bytes: Counter::default(),
@@ -204,6 +207,11 @@ impl Metrics {
             metrics.stages.clone(),
         );
         r.register("fetches", "Attempts at fetches, by result", metrics.fetches.clone());
+        r.register(
+            "source_requests",
+            "Requests made to sources for chunks; one may serve many fetches",
+            metrics.source_requests.clone(),
+        );
         r.register("fetch_retries", "Attempts at fetches after the first", metrics.retries.clone());
         r.register_with_unit("asked", "Bytes the kernel asked for", Unit::Bytes, metrics.asked_bytes.clone());
         r.register_with_unit(

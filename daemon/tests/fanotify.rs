@@ -559,7 +559,7 @@ fn prefetch_fills_without_a_reader() {
     rig.add(&made, ReadyBits::new(), vec![Memory::new("memory", &made)]);
     let (path, writer) = machine.file(&made);
     rig.wait(rig.handle.watch(made.id(), writer.into())).unwrap();
-    rig.wait(rig.handle.prefetch(made.id(), 0..made.spec.device_bytes)).unwrap();
+    rig.wait(rig.handle.prefetch(made.id(), 0..made.spec.device_bytes, false)).unwrap();
     rig.until("complete", || rig.sink.has(&Said::Complete(Mode::Fanotify, made.id())));
     assert_eq!(rig.metric(REQUESTS), 0.0);
     rig.wait(rig.handle.unwatch(made.id())).unwrap();

@@ -15,6 +15,16 @@ pub struct Config {
     pub max_window: u64,
     /// Largest flight in device bytes. A single chunk may be larger.
     pub max_flight: u64,
+    /// Largest flight of read-ahead and prefetch: small, so that a reader can overtake what has not begun to arrive.
+    pub chain_flight: u64,
+    /// Flights of an object's read-ahead and prefetch in the air at once. They follow each other on one request.
+    pub chain_depth: u32,
+    /// Device bytes that one request may go on for, over any number of flights.
+    pub max_request: u64,
+    /// Stored bytes a second that background fills may fetch; 0 for no limit.
+    pub fill_bandwidth: u64,
+    /// No background fill starts before reads have waited for nothing for so long.
+    pub fill_quiet: Duration,
     /// A demanded fetch smaller than this (device bytes) is enlarged to it; also the floor of a shrinking window.
     pub min_fetch: u64,
     /// Largest hole in stored bytes that is fetched and thrown away rather than paid for with another request,
@@ -49,6 +59,11 @@ impl Default for Config {
             first_window: MIB,
             max_window: 16 * MIB,
             max_flight: 4 * MIB,
+            chain_flight: 2 * MIB,
+            chain_depth: 3,
+            max_request: 64 * MIB,
+            fill_bandwidth: 0,
+            fill_quiet: Duration::from_millis(200),
             min_fetch: 128 * KIB,
             gap: 256 * KIB,
             write_run: MIB,

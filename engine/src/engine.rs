@@ -29,6 +29,10 @@ pub struct Engine {
     /// Device bytes between `Fetch` and `Release`, in all and of prefetches alone.
     in_flight: u64,
     prefetching: u64,
+    /// Before this no background fill starts.
+    fill_after: Time,
+    /// A timer will call them back.
+    fill_timer: bool,
     /// Something was queued or freed since flights were last started.
     may_start: bool,
     jitter: Jitter,
@@ -64,6 +68,8 @@ enum Timer {
     Deadline(ReadId),
     /// The backoff of the run that starts at this chunk.
     Backoff(ObjectId, u32),
+    /// Background fills may go on.
+    Fill,
 }
 
 impl Engine {
@@ -80,6 +86,8 @@ impl Engine {
             lines: Lines::default(),
             in_flight: 0,
             prefetching: 0,
+            fill_after: Time::default(),
+            fill_timer: false,
             may_start: false,
             jitter: Jitter(config.seed),
             next_flight: 0,
@@ -118,7 +126,12 @@ impl Engine {
             },
             Input::Read { read, object, offset, len } => self.read(read, object, offset, len),
             Input::CancelRead { read } => self.cancel_read(read),
-            Input::Prefetch { object, range } => self.prefetch(object, range),
+            Input::Prefetch { object, range, background } => self.prefetch(object, range, background),
+            Input::SetExact { object, exact } => match self.objects.get_mut(&object) {
+                Some(object) => object.exact = exact,
+                None => self.ignore(),
+            },
+            Input::StopFill { object } => self.stop_fill(object),
             Input::ChunkVerified { flight, chunk } => self.chunk_verified(flight, chunk),
             Input::FlightEnded { flight, result } => self.flight_ended(flight, result),
             Input::WriteDone { write, result } => self.write_done(write, result),
@@ -168,6 +181,10 @@ impl Engine {
             self.timers.pop_first();
             match timer {
                 Timer::Deadline(read) => self.expire_read(read),
+                Timer::Fill => {
+                    self.fill_timer = false;
+                    self.may_start = true;
+                }
                 Timer::Backoff(id, start) => {
                     if let Some(object) = self.objects.get_mut(&id)
                         && object.plan.unhold(start, time)

@@ -24,6 +24,8 @@ pub(crate) struct Flight {
     pub(crate) writes: u32,
     pub(crate) ended: bool,
     pub(crate) cancelled: bool,
+    /// Cancelled because a reader could not wait for its turn: what it has not brought is still wanted.
+    pub(crate) overtaken: bool,
     /// Its object is gone: nothing of it counts any more but its buffer.
     pub(crate) orphan: bool,
 }
@@ -47,6 +49,7 @@ impl Flight {
             writes: 0,
             ended: false,
             cancelled: false,
+            overtaken: false,
             orphan: false,
         }
     }
@@ -80,6 +83,12 @@ impl Flight {
     /// Whether any chunk has been verified.
     pub(crate) fn progressed(&self) -> bool {
         self.verified.count() > 0
+    }
+
+    /// The first chunk that has not been verified.
+    pub(crate) fn position(&self) -> u32 {
+        let missing = self.verified.next_missing(0..self.verified.len()).unwrap_or(self.verified.len());
+        self.chunks.start.saturating_add(missing)
     }
 
     /// Takes the runs that touch `chunks`, to be written.

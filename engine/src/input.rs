@@ -51,12 +51,26 @@ pub enum Input {
         /// The read.
         read: ReadId,
     },
-    /// Asks for a range that nobody waits for; served last.
+    /// Asks for a range that nobody waits for yet.
     Prefetch {
         /// The object.
         object: ObjectId,
         /// Device bytes.
         range: Range<u64>,
+        /// Whether it can wait until nobody reads: served last, at the pace of [`crate::Config::fill_bandwidth`].
+        background: bool,
+    },
+    /// Turns all enlarging off for an object, or on again: exactly the chunks asked for are fetched.
+    SetExact {
+        /// The object.
+        object: ObjectId,
+        /// Whether it is off.
+        exact: bool,
+    },
+    /// Drops what is queued of the object's background fill.
+    StopFill {
+        /// The object.
+        object: ObjectId,
     },
     /// One chunk of a flight is decoded into the flight's buffer and its digest is right.
     ChunkVerified {

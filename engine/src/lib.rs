@@ -38,6 +38,7 @@ extern crate alloc;
 
 mod chunk;
 mod config;
+mod density;
 mod engine;
 mod flight;
 mod ids;

@@ -19,10 +19,14 @@ pub(crate) struct Object {
     pub(crate) windows: Windows,
     pub(crate) link: Link,
     pub(crate) sources: u32,
+    /// Exactly the chunks asked for are fetched.
+    pub(crate) exact: bool,
     /// Flights that are not released yet.
     pub(crate) flights: u32,
+    /// Those of them that are not of demand.
+    pub(crate) chained: u32,
     /// Whether it stands in the line of each priority.
-    pub(crate) in_line: [bool; 3],
+    pub(crate) in_line: [bool; 4],
     pub(crate) growth: Option<Growth>,
 }
 
@@ -33,7 +37,7 @@ pub(crate) struct Growth {
     pub(crate) ready: ReadySet,
     /// Reads that came meanwhile; some may be gone by now.
     pub(crate) parked: Vec<ReadId>,
-    pub(crate) prefetches: Vec<Range<u64>>,
+    pub(crate) prefetches: Vec<(Range<u64>, bool)>,
 }
 
 /// A look at one object.
@@ -60,8 +64,10 @@ impl Object {
             windows: Windows::default(),
             link: Link::default(),
             sources: 1,
+            exact: false,
             flights: 0,
-            in_line: [false; 3],
+            chained: 0,
+            in_line: [false; 4],
             growth: None,
         }
     }

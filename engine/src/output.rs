@@ -16,6 +16,9 @@ pub enum Output {
         object: ObjectId,
         /// A run of neighbours in the object's list; holes between them in stored and device space are small.
         chunks: Range<u32>,
+        /// End of what is meant to follow at once on the same request: the source can be asked for all of it, and
+        /// a flight that starts where this one ends takes the rest over. At least the end of `chunks`.
+        until: u32,
         /// 1 for the first try of these chunks, then 2, 3… Also says which source is meant.
         attempt: u32,
         /// Whether a read waits for it now (else it is read-ahead or prefetch).

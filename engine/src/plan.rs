@@ -17,16 +17,19 @@ pub(crate) enum Priority {
     Ahead,
     /// The shell asked for it.
     Prefetch,
+    /// The shell asked for it when there is nothing else to do.
+    Fill,
 }
 
 impl Priority {
-    pub(crate) const ALL: [Self; 3] = [Self::Demand, Self::Ahead, Self::Prefetch];
+    pub(crate) const ALL: [Self; 4] = [Self::Demand, Self::Ahead, Self::Prefetch, Self::Fill];
 
     pub(crate) fn rank(self) -> usize {
         match self {
             Self::Demand => 0,
             Self::Ahead => 1,
             Self::Prefetch => 2,
+            Self::Fill => 3,
         }
     }
 }
@@ -88,7 +91,7 @@ pub(crate) struct Wanted {
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     segments: BTreeMap<u32, Segment>,
-    queues: [BTreeSet<(u64, u32)>; 3],
+    queues: [BTreeSet<(u64, u32)>; 4],
     seq: u64,
 }
 
@@ -263,6 +266,33 @@ impl Plan {
             }
         }
         Some(Piece { chunks: first..end, tries: head.tries })
+    }
+
+    /// How far a request for `piece` may go on: over what is queued behind it, of whatever kind up to `least`.
+    pub(crate) fn goes_on(
+        &self,
+        piece: &Range<u32>,
+        least: Priority,
+        map: &[Chunk],
+        ready: &ReadySet,
+        limits: Limits,
+    ) -> u32 {
+        let mut end = piece.end;
+        for (&start, segment) in self.segments.range(piece.end..) {
+            let joined = segment.mixes()
+                && segment.priority <= least
+                && ready.next_present(end..start).is_none()
+                && hole(map, end, start) <= limits.gap;
+            let reach = if joined { extend(map, piece.start, end, segment.end, limits) } else { start };
+            if reach <= start {
+                break;
+            }
+            end = reach;
+            if end < segment.end {
+                break;
+            }
+        }
+        end
     }
 
     #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::plan::Priority;
 /// One line of objects per priority; an object stands in a line at most once (it keeps the flag itself).
 #[derive(Debug, Default)]
 pub(crate) struct Lines {
-    lines: [VecDeque<ObjectId>; 3],
+    lines: [VecDeque<ObjectId>; 4],
 }
 
 impl Lines {

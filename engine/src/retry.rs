@@ -69,7 +69,7 @@ pub(crate) fn judge(
         Some(rounds) => {
             let cap = match priority {
                 Priority::Demand => config.backoff_cap,
-                Priority::Ahead | Priority::Prefetch => config.prefetch_backoff_cap,
+                Priority::Ahead | Priority::Prefetch | Priority::Fill => config.prefetch_backoff_cap,
             };
             let most = config.backoff_base.saturating_mul(2u32.saturating_pow(rounds)).min(cap);
             let wish = failure.retry_after.unwrap_or_default().min(config.retry_after_cap);

@@ -27,6 +27,8 @@ pub struct Stats {
     pub given_up: u64,
     /// Flights cancelled.
     pub cancels: u64,
+    /// Read-ahead and prefetch flights that a reader overtook: cancelled before anything of them had come.
+    pub overtaken: u64,
     /// Queued read-ahead or prefetch runs that a read came to wait for.
     pub promotions: u64,
     /// Stored bytes asked of sources, holes included.

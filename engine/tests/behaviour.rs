@@ -152,7 +152,7 @@ fn demand_goes_before_read_ahead_and_prefetch() {
     let mut shell = Shell::new(config);
     shell.add(A, even(4096, 65536));
     shell.add(B, even(4096, 65536));
-    let out = shell.give(Input::Prefetch { object: A, range: 0..200 * MIB });
+    let out = shell.give(Input::Prefetch { object: A, range: 0..200 * MIB, background: false });
     let busy = fetches(&out);
     assert_eq!(busy.len(), 1, "two of three flights are kept for demand");
     let first = shell.read(B, 0, 65536);
@@ -200,7 +200,7 @@ fn a_second_reader_waits_for_the_first_ones_flight() {
 fn verified_chunks_are_written_in_large_runs_unless_a_read_waits() {
     let mut shell = Shell::new(Config { write_run: 32 * KIB, ..off() });
     shell.add(A, even(100, 4096));
-    let out = shell.give(Input::Prefetch { object: A, range: 0..80 * KIB });
+    let out = shell.give(Input::Prefetch { object: A, range: 0..80 * KIB, background: false });
     let (flight, ..) = fetches(&out)[0].clone();
     let sizes: Vec<_> = writes(&shell.verify(flight, 0..18)).into_iter().map(|(_, run)| run).collect();
     assert_eq!(sizes, [0..8, 8..16]);
@@ -220,7 +220,7 @@ fn a_waiting_prefetch_is_promoted() {
     shell.add(A, even(1000, 65536));
     shell.add(B, even(1000, 65536));
     let (flight, _, chunks, _) = fetches(&shell.read(B, 0, 65536))[0].clone();
-    shell.give(Input::Prefetch { object: A, range: 0..60 * MIB });
+    shell.give(Input::Prefetch { object: A, range: 0..60 * MIB, background: false });
     assert_eq!(shell.read(A, 30 * MIB, 65536), []);
     assert_eq!(shell.engine.stats().promotions, 1);
     assert_eq!(runs(&shell.land(flight, chunks)), [Range { start: 480, end: 481 }]);
@@ -307,7 +307,7 @@ fn a_full_disk_fails_the_reads_that_need_the_write_and_stops_prefetch() {
     let mut shell = Shell::new(Config { max_flights: 1, ..off() });
     shell.add(A, even(1000, 65536));
     let (flight, ..) = fetches(&shell.read(A, 0, 65536))[0].clone();
-    shell.give(Input::Prefetch { object: A, range: 0..60 * MIB });
+    shell.give(Input::Prefetch { object: A, range: 0..60 * MIB, background: false });
     let out = shell.verify(flight, 0..1);
     shell.end(flight);
     let (write, _) = writes(&out)[0].clone();

@@ -53,7 +53,10 @@ fn input() -> impl Strategy<Value = Input> {
         8 => (read(), object(), odd(), odd())
             .prop_map(|(read, object, offset, len)| Input::Read { read, object, offset, len }),
         1 => read().prop_map(|read| Input::CancelRead { read }),
-        2 => (object(), odd(), odd()).prop_map(|(object, a, b)| Input::Prefetch { object, range: a..b }),
+        2 => (object(), odd(), odd(), any::<bool>())
+            .prop_map(|(object, a, b, background)| Input::Prefetch { object, range: a..b, background }),
+        1 => object().prop_map(|object| Input::StopFill { object }),
+        1 => (object(), any::<bool>()).prop_map(|(object, exact)| Input::SetExact { object, exact }),
         12 => (flight(), 0..25u32).prop_map(|(flight, chunk)| Input::ChunkVerified { flight, chunk }),
         6 => (flight(), ended).prop_map(|(flight, result)| Input::FlightEnded { flight, result }),
         6 => ((0..12u64).prop_map(WriteId), wrote).prop_map(|(write, result)| Input::WriteDone { write, result }),
@@ -65,10 +68,16 @@ fn input() -> impl Strategy<Value = Input> {
 
 fn config() -> impl Strategy<Value = Config> {
     let sizes = prop_oneof![Just(0u64), 1..100_000u64, Just(u64::MAX)];
-    let many = prop::collection::vec(sizes, 7);
-    let delays = prop::collection::vec(prop_oneof![Just(Duration::ZERO), any::<Duration>()], 4);
+    let many = prop::collection::vec(sizes, 10);
+    let delays = prop::collection::vec(prop_oneof![Just(Duration::ZERO), any::<Duration>()], 5);
     let counts = (any::<u32>(), prop_oneof![0..9u32, Just(u32::MAX)], prop::option::of(any::<Duration>()));
     (many, delays, counts).prop_map(|(sizes, delays, (max_flights, max_attempts, read_deadline))| Config {
+        chain_flight: sizes[7],
+        chain_depth: max_flights,
+        max_request: sizes[8],
+        fill_bandwidth: sizes[9],
+        fill_quiet: delays[4],
+
         budget_bytes: sizes[0],
         max_flights,
         first_window: sizes[1],

@@ -169,6 +169,21 @@ impl Body {
         Self { pieces, source: source.into(), blob: *blob, next: range.start, range, idle, ended: false }
     }
 
+    /// Where in the stored blob the next piece begins.
+    pub fn position(&self) -> u64 {
+        self.next
+    }
+
+    /// Puts the end of the last piece back: it comes again with [`Body::next`].
+    pub(crate) fn unread(&mut self, rest: Bytes) {
+        if !rest.is_empty() {
+            self.next -= u64::try_from(rest.len()).unwrap_or(0);
+            let pieces = std::mem::replace(&mut self.pieces, futures_util::stream::empty().boxed());
+            self.pieces = futures_util::stream::iter([Ok(rest)]).chain(pieces).boxed();
+            self.ended = false;
+        }
+    }
+
     /// Bytes of the range that have not come yet.
     pub fn remaining(&self) -> u64 {
         self.range.end - self.next

@@ -97,8 +97,28 @@ impl Driver {
                 self.cookies.remove(&CookieKey { volume, cookie });
                 let _ = reply.send(Ok(()));
             }
-            Command::Prefetch { blob, range, reply } => {
-                let _ = reply.send(self.prefetch(blob, &range));
+            Command::Prefetch { blob, range, background, reply } => {
+                let _ = reply.send(self.prefetch(blob, &range, background));
+            }
+            Command::StopFill { blob, reply } => {
+                for object in self.objects.of(blob) {
+                    self.input(Input::StopFill { object });
+                }
+                let _ = reply.send(Ok(()));
+            }
+            Command::Prove { blob, range, seen, reply } => {
+                self.proofs.insert(blob, (range, seen));
+                let _ = reply.send(Ok(()));
+            }
+            Command::Record { number, blobs, exact, reply } => {
+                let _ = reply.send(self.record(number, blobs, exact));
+            }
+            Command::Recorded { number, reply } => {
+                let _ = reply.send(self.recordings.get(number).ok_or(DriverError::NoRecording));
+            }
+            Command::EndRecording { number, reply } => {
+                self.end_recording(number);
+                let _ = reply.send(Ok(()));
             }
             Command::Status { reply } => {
                 let _ = reply.send(Ok(self.status()));
@@ -335,12 +355,34 @@ impl Driver {
         Ok(())
     }
 
-    fn prefetch(&mut self, blob: BlobId, range: &Range<u64>) -> Result<(), DriverError> {
+    fn record(&mut self, number: u64, blobs: Vec<BlobId>, exact: bool) -> Result<(), DriverError> {
+        if let Some(unknown) = blobs.iter().find(|blob| !self.blobs.contains_key(blob)) {
+            return Err(DriverError::UnknownBlob(*unknown));
+        }
+        self.recordings.begin(number, blobs, exact);
+        self.follow_recordings();
+        Ok(())
+    }
+
+    fn end_recording(&mut self, number: u64) {
+        self.recordings.end(number);
+        self.follow_recordings();
+    }
+
+    /// Tells the engine for which objects exactly what is asked for is to be fetched.
+    fn follow_recordings(&mut self) {
+        for (object, blob) in self.objects.blobs() {
+            let exact = self.recordings.is_exact(blob);
+            self.input(Input::SetExact { object, exact });
+        }
+    }
+
+    fn prefetch(&mut self, blob: BlobId, range: &Range<u64>, background: bool) -> Result<(), DriverError> {
         if !self.blobs.contains_key(&blob) {
             return Err(DriverError::UnknownBlob(blob));
         }
         for object in self.objects.of(blob) {
-            self.input(Input::Prefetch { object, range: range.clone() });
+            self.input(Input::Prefetch { object, range: range.clone(), background });
         }
         Ok(())
     }

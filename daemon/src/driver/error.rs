@@ -11,6 +11,9 @@ pub enum DriverError {
     /// The blob was never added, or was removed.
     #[error("blob {0} is not known to the data path")]
     UnknownBlob(BlobId),
+    /// No such recording goes on.
+    #[error("no such recording goes on")]
+    NoRecording,
     /// The blob is still in use.
     #[error("blob {blob} is in use: {why}")]
     Busy {

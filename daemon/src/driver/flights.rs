@@ -30,6 +30,9 @@ pub(super) fn runs<'c>(chunks: impl IntoIterator<Item = &'c BlobChunk>) -> Vec<R
 /// A flight that has its buffers.
 pub(super) struct Flight {
     object: ObjectId,
+    chunks: Range<u32>,
+    demand: bool,
+    since: Instant,
     /// Verified chunks that are not being written yet, by the engine's number.
     verified: BTreeMap<u32, Verified<Slab>>,
 }
@@ -39,6 +42,8 @@ pub(super) struct Planned {
     flight: FlightId,
     object: ObjectId,
     chunks: Range<u32>,
+    /// End of what is meant to follow on the same request.
+    until: u32,
     attempt: u32,
     since: Instant,
 }
@@ -53,15 +58,23 @@ const CANCELLED: Failure = Failure { class: FailureClass::Transient, retry_after
 const IMPOSSIBLE: Failure = Failure { class: FailureClass::Fatal, retry_after: None };
 
 impl Driver {
-    pub(super) fn plan(&mut self, flight: FlightId, object: ObjectId, chunks: Range<u32>, attempt: u32) {
-        self.flights.insert(flight, Flight { object, verified: BTreeMap::new() });
+    pub(super) fn plan(
+        &mut self,
+        flight: FlightId,
+        object: ObjectId,
+        (chunks, until): (Range<u32>, u32),
+        (attempt, demand): (u32, bool),
+    ) {
+        let since = Instant::now();
+        let known = Flight { object, chunks: chunks.clone(), demand, since, verified: BTreeMap::new() };
+        self.flights.insert(flight, known);
         if let Some(object) = self.objects.get_mut(object) {
             object.flights += 1;
         }
         if attempt > 1 {
             self.metrics.retries.inc();
         }
-        self.planned.push_back(Planned { flight, object, chunks, attempt, since: Instant::now() });
+        self.planned.push_back(Planned { flight, object, chunks, until, attempt, since });
     }
 
     /// Starts planned flights, in order, for as long as there is memory for the first of them.
@@ -69,7 +82,7 @@ impl Driver {
         while !self.stopping
             && let Some(planned) = self.planned.pop_front()
         {
-            let Planned { flight, object, chunks, attempt, since } = &planned;
+            let Planned { flight, object, chunks, until, attempt, since } = &planned;
             let Some(state) = self.objects.get(*object) else {
                 self.ended(*flight, Err(CANCELLED));
                 continue;
@@ -98,7 +111,12 @@ impl Driver {
                 break;
             };
             self.metrics.stage(Stage::wait, since.elapsed());
-            let order = Order { flight: *flight, blob: blob.reference(), source, chunks: buffers };
+            let last = state.chunks(&(until.saturating_sub(1)..*until)).first().map(|chunk| chunk.spec);
+            let until =
+                last.map_or(0, |last| last.stored_offset.saturating_add(u64::from(last.stored_len)));
+            let blob = blob.reference();
+            let order =
+                Order { flight: *flight, blob, source, shares: *attempt == 1, until, chunks: buffers };
             self.fetches.start(order);
         }
     }
@@ -137,6 +155,7 @@ impl Driver {
                 Fetched::Ended { flight, outcome } => {
                     self.fetches.ended(flight);
                     let object = self.flights.get(&flight).map(|flight| flight.object);
+                    self.record_fetch(flight, outcome.opened, outcome.result.is_err());
                     if let (Some(object), Some((ttfb, bandwidth))) = (object, outcome.measured) {
                         self.input(Input::SourceMeasured { object, ttfb, bandwidth });
                     }
@@ -150,6 +169,20 @@ impl Driver {
                 }
             }
         }
+    }
+
+    fn record_fetch(&mut self, flight: FlightId, opened: bool, failed: bool) {
+        let Some(flight) = self.flights.get(&flight) else { return };
+        let Some(object) = self.objects.get(flight.object) else { return };
+        if !self.recordings.follows(object.blob) {
+            return;
+        }
+        let chunks = object.chunks(&flight.chunks);
+        let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return };
+        let stored = first.spec.stored_offset
+            ..last.spec.stored_offset.saturating_add(u64::from(last.spec.stored_len));
+        let (blob, device) = (object.blob, first.start..last.padded_end());
+        self.recordings.fetch(blob, device, stored, flight.since, (flight.demand, opened, failed));
     }
 
     /// Writes verified chunks that lie side by side with one operation.

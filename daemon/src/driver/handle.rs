@@ -7,6 +7,7 @@ use std::sync::Arc;
 use skimmer_fetcher::source::Source;
 use tokio::sync::{mpsc, oneshot};
 
+use super::recording::Recorded;
 use super::{DriverError, Status};
 use crate::blob::{BlobId, BlobSpec, ReadyBits};
 use crate::frontend::{CookieRole, FscacheSetup};
@@ -24,7 +25,12 @@ pub(crate) enum Command {
     BindFscache { setup: FscacheSetup, reply: Reply<()> },
     ExpectCookie { volume: String, cookie: String, role: CookieRole, reply: Reply<()> },
     ForgetCookie { volume: String, cookie: String, reply: Reply<()> },
-    Prefetch { blob: BlobId, range: Range<u64>, reply: Reply<()> },
+    Prefetch { blob: BlobId, range: Range<u64>, background: bool, reply: Reply<()> },
+    StopFill { blob: BlobId, reply: Reply<()> },
+    Prove { blob: BlobId, range: Range<u64>, seen: oneshot::Sender<()>, reply: Reply<()> },
+    Record { number: u64, blobs: Vec<BlobId>, exact: bool, reply: Reply<()> },
+    Recorded { number: u64, reply: Reply<Recorded> },
+    EndRecording { number: u64, reply: Reply<()> },
     Status { reply: Reply<Status> },
     Shutdown { reply: Reply<()> },
 }
@@ -118,8 +124,42 @@ impl Handle {
     }
 
     /// Asks for a device range of a blob ahead of need, in every file of it that is open or watched. Returns at once.
-    pub async fn prefetch(&self, blob: BlobId, range: Range<u64>) -> Result<(), DriverError> {
-        self.ask(|reply| Command::Prefetch { blob, range, reply }).await
+    /// With `background` it is fetched when nobody reads, at the pace that the engine is set to.
+    pub async fn prefetch(
+        &self,
+        blob: BlobId,
+        range: Range<u64>,
+        background: bool,
+    ) -> Result<(), DriverError> {
+        self.ask(|reply| Command::Prefetch { blob, range, background, reply }).await
+    }
+
+    /// Drops what background prefetches of the blob have not begun to fetch.
+    pub async fn stop_fill(&self, blob: BlobId) -> Result<(), DriverError> {
+        self.ask(|reply| Command::StopFill { blob, reply }).await
+    }
+
+    /// fanotify: the next access to `range` of the blob is denied (EIO) without any fetch, and told of by the result.
+    /// Nobody but the caller may read the blob then.
+    pub async fn prove(&self, blob: BlobId, range: Range<u64>) -> Result<oneshot::Receiver<()>, DriverError> {
+        let (seen, told) = oneshot::channel();
+        self.ask(|reply| Command::Prove { blob, range, seen, reply }).await?;
+        Ok(told)
+    }
+
+    /// Begins to write down what is read and fetched of these blobs; `exact` turns enlarging off for them.
+    pub async fn record(&self, number: u64, blobs: Vec<BlobId>, exact: bool) -> Result<(), DriverError> {
+        self.ask(|reply| Command::Record { number, blobs, exact, reply }).await
+    }
+
+    /// What a recording holds so far; it goes on.
+    pub async fn recorded(&self, number: u64) -> Result<Recorded, DriverError> {
+        self.ask(|reply| Command::Recorded { number, reply }).await
+    }
+
+    /// Forgets a recording.
+    pub async fn end_recording(&self, number: u64) -> Result<(), DriverError> {
+        self.ask(|reply| Command::EndRecording { number, reply }).await
     }
 
     /// What the driver holds and does now.

@@ -128,6 +128,16 @@ impl Driver {
             return self.answer_event(event, Err(Errno::from(rustix::io::Errno::PERM)));
         }
         let len = count.min(size - offset);
+        if let Some((range, _)) = self.proofs.get(&blob)
+            && offset < range.end
+            && offset + len > range.start
+        {
+            if let Some((_, seen)) = self.proofs.remove(&blob) {
+                // Nobody listens any more when the proof came too late.
+                let _ = seen.send(());
+            }
+            return self.answer_event(event, Err(Errno::IO));
+        }
         let _ = self.read(object, Ticket::Event(event), offset, len, since);
     }
 
@@ -200,6 +210,9 @@ impl Driver {
         self.metrics.read_done(mode, outcome, took);
         self.read_ended(object);
         let blob = self.objects.get(object).map(|object| object.blob);
+        if let Some(blob) = blob {
+            self.recordings.read(blob, offset..offset.saturating_add(len), since, took, result.is_err());
+        }
         if let Err(error) = &result {
             let last = self.objects.get(object).and_then(|object| object.last_error.as_deref());
             let last = last.map_or_else(String::new, |last| format!("; last: {last}"));
@@ -254,6 +267,9 @@ impl Driver {
         self.input(Input::AddObject { object, chunks, ready: set });
         let count = u32::try_from(sources).unwrap_or(u32::MAX);
         self.input(Input::SetSources { object, count });
+        if self.recordings.is_exact(blob) {
+            self.input(Input::SetExact { object, exact: true });
+        }
         Some(object)
     }
 

@@ -9,18 +9,21 @@ mod flights;
 mod handle;
 mod kernel;
 mod objects;
+mod recording;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use skimmer_engine::{Engine, FlightId, Input, Output, ReadId, Time, WriteId};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 pub use config::{BlobStatus, DriverConfig, FileStatus, ReadySink, Status};
 pub use error::DriverError;
 pub use handle::Handle;
+pub use recording::{Recorded, RecordedFetch, RecordedRead};
 
 use self::commands::Waiting;
 use self::device::DeviceCare;
@@ -28,6 +31,7 @@ use self::flights::{Flight, Planned, UnderWay};
 use self::handle::Command;
 use self::kernel::{Parked, Read};
 use self::objects::{Blob, Objects};
+use self::recording::Recordings;
 use crate::arena::Arena;
 use crate::blob::BlobId;
 use crate::fetch::{Fetched, Fetches};
@@ -77,6 +81,9 @@ pub struct Driver {
     /// fanotify events whose blob is not known (again) yet.
     parked: VecDeque<Parked>,
     waiting: Waiting,
+    recordings: Recordings,
+    /// Accesses that are to be denied, once: a mount's proof that they come at all.
+    proofs: HashMap<BlobId, (Range<u64>, oneshot::Sender<()>)>,
 
     epoch: Instant,
     /// Counts the turns of the loop: a read completed in the turn it came in was a hit.
@@ -192,6 +199,8 @@ impl Driver {
             writes: HashMap::new(),
             parked: VecDeque::new(),
             waiting: Waiting::default(),
+            recordings: Recordings::default(),
+            proofs: HashMap::new(),
             epoch: Instant::now(),
             turn: 0,
             room_polled: false,
@@ -272,8 +281,8 @@ impl Driver {
         while let Some(output) = self.engine.poll_output() {
             any = true;
             match output {
-                Output::Fetch { flight, object, chunks, attempt, demand: _ } => {
-                    self.plan(flight, object, chunks, attempt);
+                Output::Fetch { flight, object, chunks, until, attempt, demand } => {
+                    self.plan(flight, object, (chunks, until), (attempt, demand));
                 }
                 Output::CancelFlight { flight } => self.cancel(flight),
                 Output::Write { write, flight, object, chunks } => self.write(write, flight, object, chunks),

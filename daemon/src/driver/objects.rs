@@ -183,6 +183,11 @@ impl Objects {
         ids
     }
 
+    /// Every object with its blob.
+    pub(super) fn blobs(&self) -> Vec<(ObjectId, BlobId)> {
+        self.by_id.iter().map(|(id, object)| (*id, object.blob)).collect()
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = &Object> {
         self.by_id.values()
     }

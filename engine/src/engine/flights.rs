@@ -4,11 +4,15 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::{Engine, Timer, Write};
-use crate::chunk::span;
+use crate::chunk::{index, span};
 use crate::mutation::Mutation;
 use crate::plan::{Priority, Stage};
 use crate::retry::{Tries, Verdict, judge};
 use crate::{Failure, FailureClass, FlightId, ObjectId, Output, ReadError, WriteFailure, WriteId};
+
+/// A reader waits for what is at most this many stored bytes away on a request under way, rather than for a request
+/// of its own.
+const OVERTAKE: u64 = 1 << 20;
 
 impl Engine {
     pub(super) fn chunk_verified(&mut self, id: FlightId, chunk: u32) {
@@ -79,6 +83,7 @@ impl Engine {
                         let all = 0..object.ready.len();
                         object.plan.drop_queued(&all, Priority::Ahead);
                         object.plan.drop_queued(&all, Priority::Prefetch);
+                        object.plan.drop_queued(&all, Priority::Fill);
                     }
                 }
                 _ => self.made_ready(object_id, &chunks),
@@ -114,7 +119,8 @@ impl Engine {
     /// Takes the chunks that a flight did not verify from it, and decides what becomes of them.
     fn give_back(&mut self, id: FlightId, result: Result<(), Failure>) {
         let Some(flight) = self.flights.get(&id) else { return };
-        let (object_id, priority, cancelled) = (flight.object, flight.priority, flight.cancelled);
+        let (object_id, priority) = (flight.object, flight.priority);
+        let (cancelled, overtaken) = (flight.cancelled, flight.overtaken);
         let tries = if flight.progressed() { Tries::FIRST } else { flight.tries };
         let left = flight.unverified();
         let Some(object) = self.objects.get_mut(&object_id) else { return };
@@ -129,6 +135,9 @@ impl Engine {
         if cancelled {
             for run in &left {
                 self.want_for_waiters(object_id, run);
+                if overtaken {
+                    self.want(object_id, run, priority);
+                }
             }
             return;
         }
@@ -140,8 +149,8 @@ impl Engine {
             for run in &mut charged {
                 let rest = run.start.max(first + 1)..run.end;
                 run.end = rest.start.min(run.end);
-                if priority == Priority::Prefetch {
-                    self.want(object_id, &rest, Priority::Prefetch);
+                if priority >= Priority::Prefetch {
+                    self.want(object_id, &rest, priority);
                 }
                 self.want_for_waiters(object_id, &rest);
             }
@@ -162,7 +171,7 @@ impl Engine {
             _ => run.start..run.start,
         };
         let mut parts = Vec::from([(waited.clone(), Priority::Demand)]);
-        if priority == Priority::Prefetch {
+        if priority >= Priority::Prefetch {
             parts.push((run.start..waited.start, priority));
             parts.push((waited.end..run.end, priority));
         }
@@ -216,7 +225,7 @@ impl Engine {
         }
         let Some(flight) = self.flights.remove(&id) else { return };
         self.in_flight = self.in_flight.saturating_sub(flight.span);
-        if flight.priority == Priority::Prefetch {
+        if flight.priority >= Priority::Prefetch {
             self.prefetching = self.prefetching.saturating_sub(flight.span);
         }
         self.may_start = true;
@@ -228,6 +237,9 @@ impl Engine {
         }
         let Some(object) = self.objects.get_mut(&flight.object) else { return };
         object.flights = object.flights.saturating_sub(1);
+        if flight.priority != Priority::Demand {
+            object.chained = object.chained.saturating_sub(1);
+        }
         let own: Vec<u32> = object
             .plan
             .overlapping(&flight.chunks)
@@ -244,6 +256,36 @@ impl Engine {
         // Reads that came after a write of theirs had failed.
         for run in given_back {
             self.want_for_waiters(flight.object, &run);
+        }
+        self.line_up(flight.object);
+    }
+
+    /// Takes what reads of `chunks` wait for from flights whose turn on their request comes too late.
+    pub(super) fn overtake(&mut self, id: ObjectId, chunks: &Range<u32>) {
+        let Some(object) = self.objects.get(&id) else { return };
+        // The request that all of them follow each other on stands at its oldest flight's position.
+        let oldest = self.flights.values().find(|flight| flight.object == id && !flight.ended);
+        let Some(oldest) = oldest else { return };
+        let stored = |chunk: u32| object.chunks.get(index(chunk)).map(|chunk| chunk.stored_start);
+        let far = object.link.gap(&self.config).saturating_mul(4).max(OVERTAKE);
+        let late: Vec<FlightId> = object
+            .plan
+            .overlapping(chunks)
+            .filter_map(|(start, segment)| match segment.stage {
+                Stage::Flying(flight) if segment.priority != Priority::Demand => {
+                    let behind = stored(start.max(chunks.start))?.checked_sub(stored(oldest.position())?)?;
+                    let flight = Some(flight).filter(|_| behind > far)?;
+                    self.flights.get(&flight).is_some_and(|flight| !flight.progressed()).then_some(flight)
+                }
+                _ => None,
+            })
+            .collect();
+        for flight in late {
+            if let Some(flight) = self.flights.get_mut(&flight) {
+                flight.overtaken = true;
+            }
+            self.stats.overtaken += 1;
+            self.cancel_flight(flight);
         }
     }
 }

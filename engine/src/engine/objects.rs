@@ -66,16 +66,16 @@ impl Engine {
         }
     }
 
-    pub(super) fn prefetch(&mut self, id: ObjectId, range: Range<u64>) {
+    pub(super) fn prefetch(&mut self, id: ObjectId, range: Range<u64>, background: bool) {
         let Some(object) = self.objects.get_mut(&id) else {
             self.ignore();
             return;
         };
         match &mut object.growth {
-            Some(growth) => growth.prefetches.push(range),
+            Some(growth) => growth.prefetches.push((range, background)),
             None => {
                 let chunks = object.chunks_of(&range);
-                self.want(id, &chunks, Priority::Prefetch);
+                self.want(id, &chunks, if background { Priority::Fill } else { Priority::Prefetch });
             }
         }
     }
@@ -106,9 +106,17 @@ impl Engine {
                 self.admit(read);
             }
         }
-        for range in growth.prefetches {
-            self.prefetch(id, range);
+        for (range, background) in growth.prefetches {
+            self.prefetch(id, range, background);
         }
+    }
+
+    pub(super) fn stop_fill(&mut self, id: ObjectId) {
+        let Some(object) = self.objects.get_mut(&id) else { return self.ignore() };
+        if let Some(growth) = &mut object.growth {
+            growth.prefetches.retain(|(_, background)| !background);
+        }
+        object.plan.drop_queued(&(0..object.ready.len()), Priority::Fill);
     }
 
     fn cancel_flights(&mut self, id: ObjectId) {

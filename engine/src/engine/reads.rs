@@ -4,9 +4,11 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::{Engine, Read, Timer};
+use crate::density;
 use crate::mutation::Mutation;
 use crate::object::top_up;
 use crate::plan::{Priority, Stage};
+use crate::window::Advice;
 use crate::{FlightId, ObjectId, Output, ReadError, ReadId};
 
 impl Engine {
@@ -50,11 +52,13 @@ impl Engine {
         let chunks = object.chunks_of(&bytes);
         read.chunks = chunks.clone();
         read.missing = object.ready.missing(chunks.clone());
-        let (missing, advice) = (read.missing, object.windows.on_read(&bytes, &self.config));
+        let (missing, advice) = (read.missing, if object.exact { Advice::default() } else { object.windows.on_read(&bytes, &self.config) });
+        let mut fresh = false;
         if missing > 0 {
             object.waiters.add(id, &chunks);
-            self.want(object_id, &chunks, Priority::Demand);
+            fresh = self.want(object_id, &chunks, Priority::Demand);
             self.top_up(object_id, &chunks);
+            self.overtake(object_id, &chunks);
             self.write_what_waits(object_id, &chunks);
         } else {
             self.stats.reads_ready += 1;
@@ -79,26 +83,54 @@ impl Engine {
                 self.want(object_id, &chunks, priority);
             }
         }
+        // What is wanted already was seen to when it was.
+        if fresh {
+            self.complete_block(object_id, bytes.start);
+        }
     }
 
-    /// Makes sure that the missing ones of these chunks are somebody's job.
-    pub(super) fn want(&mut self, id: ObjectId, chunks: &Range<u32>, priority: Priority) {
-        let Some(object) = self.objects.get_mut(&id) else { return };
-        let mut changed = false;
+    /// Wants the rest of the block around a miss, if most of it is there already: first what follows, then what
+    /// lies before.
+    fn complete_block(&mut self, id: ObjectId, at: u64) {
+        let Some(object) = self.objects.get(&id) else { return };
+        let most = self.config.max_window;
+        if most == 0 || object.exact {
+            return;
+        }
+        // What was only guessed does not count, or one guess would make the next.
+        let taken = |run: &Range<u32>| {
+            let demanded = object.plan.overlapping(run).filter(|(_, part)| part.priority == Priority::Demand);
+            let demanded = demanded.map(|(start, part)| part.end.min(run.end) - start.max(run.start));
+            (run.end - run.start - object.ready.missing(run.clone())).saturating_add(demanded.sum())
+        };
+        let Some(block) = density::around(&object.chunks, taken, at, self.config.min_fetch, most) else {
+            return;
+        };
+        let (after, before) = (object.chunks_of(&(at..block.end)), object.chunks_of(&(block.start..at)));
+        self.want(id, &after, Priority::Ahead);
+        self.want(id, &before, Priority::Ahead);
+    }
+
+    /// Makes sure that the missing ones of these chunks are somebody's job; whether some of them were nobody's.
+    pub(super) fn want(&mut self, id: ObjectId, chunks: &Range<u32>, priority: Priority) -> bool {
+        let Some(object) = self.objects.get_mut(&id) else { return false };
+        let (mut changed, mut fresh) = (false, false);
         for run in object.ready.missing_runs(chunks.clone()) {
             let wanted = object.plan.want(&run, priority);
             self.stats.promotions += u64::from(wanted.promoted);
             changed |= wanted.queued + wanted.promoted > 0;
+            fresh |= wanted.queued > 0;
         }
         if changed {
             self.line_up(id);
         }
+        fresh
     }
 
     /// Enlarges a demand too small for a request of its own by the chunks that follow it.
     fn top_up(&mut self, id: ObjectId, chunks: &Range<u32>) {
         let Some(object) = self.objects.get(&id) else { return };
-        if self.config.max_window == 0 {
+        if self.config.max_window == 0 || object.exact {
             return;
         }
         let Some(last) = chunks.end.checked_sub(1) else { return };
@@ -194,6 +226,10 @@ impl Engine {
         {
             object.waiters.remove(id, &read.chunks);
         }
+        if !read.chunks.is_empty() {
+            self.fill_after = self.fill_after.max(self.now.after(self.config.fill_quiet));
+        }
+        self.may_start = true;
         match result {
             Ok(()) => self.stats.reads_served += 1,
             Err(_) => self.stats.reads_failed += 1,

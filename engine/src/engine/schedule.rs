@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use super::{Engine, count};
+use super::{Engine, Timer, count};
 use crate::chunk::{Chunk, index, span};
 use crate::flight::Flight;
 use crate::mutation::Mutation;
@@ -36,14 +36,25 @@ impl Engine {
         }
         for priority in Priority::ALL {
             while let Some(id) = self.lines.first(priority) {
-                let limit = self.config.max_flight.min(self.share(priority)).max(1);
+                if priority == Priority::Fill && self.fill_waits() {
+                    return;
+                }
+                let largest = match priority {
+                    Priority::Demand => self.config.max_flight,
+                    _ => self.config.chain_flight.min(self.config.max_flight),
+                };
+                let limit = largest.min(self.share(priority)).max(1);
                 let Some(object) = self.objects.get_mut(&id) else {
                     self.lines.leave(priority);
                     continue;
                 };
-                let limits = Limits { span: limit, gap: object.link.gap(&self.config) };
+                let gap = if object.exact { 0 } else { object.link.gap(&self.config) };
+                let limits = Limits { span: limit, gap };
+                // A chain that is long enough goes on when one of its flights is released.
+                let long = priority != Priority::Demand && object.chained >= self.config.chain_depth.max(1);
                 let piece = match object.growth {
                     Some(_) => None,
+                    None if long => None,
                     None => object.plan.next_piece(priority, &object.chunks, &object.ready, limits),
                 };
                 let Some(piece) = piece else {
@@ -75,25 +86,56 @@ impl Engine {
         let Some(object) = self.objects.get_mut(&id) else { return };
         let flight_id = FlightId(self.next_flight);
         self.next_flight += 1;
+        let gap = object.link.gap(&self.config);
+        let limits = Limits { span: self.config.max_request, gap };
+        let least = if self.config.fill_bandwidth == 0 { priority.max(Priority::Prefetch) } else { Priority::Prefetch };
+        // A run that failed, or fails, has a request of its own.
+        let until = match tries == Tries::FIRST {
+            true => object.plan.goes_on(&chunks, least, &object.chunks, &object.ready, limits),
+            false => chunks.end,
+        };
         let flight = Flight::new(id, chunks.clone(), &object.chunks, priority, tries);
         object.plan.fly(&chunks, priority, tries, flight_id);
         object.flights += 1;
+        object.chained += u32::from(priority != Priority::Demand);
         self.in_flight = self.in_flight.saturating_add(flight.span);
-        if priority == Priority::Prefetch {
+        if priority >= Priority::Prefetch {
             self.prefetching = self.prefetching.saturating_add(flight.span);
         }
         self.stats.fetches += 1;
         self.stats.fetches_demand += u64::from(priority == Priority::Demand);
         self.stats.retries += u64::from(tries.attempt > 1);
-        self.stats.fetched_stored_bytes += stored(&object.chunks, &chunks);
+        let bytes = stored(&object.chunks, &chunks);
+        self.stats.fetched_stored_bytes += bytes;
+        if priority == Priority::Fill && self.config.fill_bandwidth > 0 {
+            let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.config.fill_bandwidth);
+            let pause = core::time::Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+            self.fill_after = self.fill_after.max(self.now).after(pause);
+        }
         self.flights.insert(flight_id, flight);
         self.outputs.push_back(Output::Fetch {
             flight: flight_id,
             object: id,
             chunks,
+            until,
             attempt: tries.attempt,
             demand: priority == Priority::Demand,
         });
+    }
+
+    /// Whether background fills have to wait; then a timer calls them back.
+    fn fill_waits(&mut self) -> bool {
+        if self.reads.values().any(|read| read.missing > 0) {
+            // The read's end lets them go on.
+            return true;
+        }
+        if self.fill_after <= self.now {
+            return false;
+        }
+        if !core::mem::replace(&mut self.fill_timer, true) {
+            self.timers.insert((self.fill_after, Timer::Fill));
+        }
+        true
     }
 
     /// How much of the budget a priority may fill: read-ahead leaves a quarter to demand, prefetch three.
@@ -102,7 +144,7 @@ impl Engine {
         match priority {
             Priority::Demand => budget,
             Priority::Ahead => budget - budget / 4,
-            Priority::Prefetch => budget / 4,
+            Priority::Prefetch | Priority::Fill => budget / 4,
         }
     }
 
@@ -112,7 +154,7 @@ impl Engine {
         let (room, reserved) = match priority {
             Priority::Demand => (fits(self.in_flight, Priority::Demand), 0),
             Priority::Ahead => (fits(self.in_flight, Priority::Ahead), RESERVED_FLIGHTS),
-            Priority::Prefetch => (
+            Priority::Prefetch | Priority::Fill => (
                 fits(self.in_flight, Priority::Ahead) && fits(self.prefetching, Priority::Prefetch),
                 RESERVED_FLIGHTS,
             ),

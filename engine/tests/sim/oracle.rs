@@ -224,7 +224,7 @@ impl Oracle {
                     object.measured = true;
                 }
             }
-            Input::Tick => {}
+            Input::StopFill { .. } | Input::SetExact { .. } | Input::Tick => {}
         }
     }
 
@@ -267,7 +267,12 @@ impl Oracle {
     /// Judges one output.
     pub(crate) fn output(&mut self, output: &Output) -> Verdict {
         match output {
-            Output::Fetch { flight, object, chunks, attempt, demand } => {
+            Output::Fetch { flight, object, chunks, until, attempt, demand } => {
+                let known = self.objects.get(object).map_or(0, |object| object.chunks.len());
+                demand!(
+                    *until >= chunks.end && ix(*until) <= known,
+                    "{flight:?} of {chunks:?} may go on to {until}, of {known} chunks"
+                );
                 self.fetch(*flight, *object, chunks, *attempt, *demand)
             }
             Output::CancelFlight { flight } => {

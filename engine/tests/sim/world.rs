@@ -111,6 +111,11 @@ fn config(rng: &mut Rng, seed: u64) -> Config {
         max_window: if rng.chance(25) { 0 } else { rng.within(1, 512) * 4 * KIB },
         max_flight: rng.within(1, 128) * 4 * KIB,
         min_fetch: rng.within(0, 16) * 4 * KIB,
+        chain_flight: rng.within(0, 64) * 4 * KIB,
+        chain_depth: u32::try_from(rng.within(0, 4)).unwrap(),
+        max_request: rng.within(0, 256) * 4 * KIB,
+        fill_bandwidth: if rng.chance(50) { 0 } else { rng.within(1, 1 << 20) },
+        fill_quiet: Duration::from_millis(rng.within(0, 300)),
         gap: if rng.chance(30) { 0 } else { rng.within(1, 64 * KIB) },
         write_run: rng.within(1, 64) * 4 * KIB,
         max_attempts: u32::try_from(rng.within(1, 6)).unwrap(),
@@ -345,7 +350,15 @@ impl World {
             1 => start / 2,
             _ => start + self.rng.below(1 << 20),
         };
-        self.step(Input::Prefetch { object, range: start..end })
+        if self.rng.chance(10) {
+            return self.step(Input::StopFill { object });
+        }
+        if self.rng.chance(10) {
+            let exact = self.rng.chance(50);
+            return self.step(Input::SetExact { object, exact });
+        }
+        let background = self.rng.chance(40);
+        self.step(Input::Prefetch { object, range: start..end, background })
     }
 
     fn chunks(&mut self) -> Vec<Chunk> {

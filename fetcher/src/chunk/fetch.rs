@@ -6,8 +6,8 @@ use futures_util::future::Either;
 use futures_util::stream::FuturesUnordered;
 use tokio::task::JoinHandle;
 
-use super::{ChunkError, ChunkPlace, ChunkSpec, Codec, FetchError, Verified, seal, split, verify};
-use crate::source::{BlobRef, Source};
+use super::{ChunkError, ChunkPlace, ChunkSpec, Codec, FetchError, Verified, fits, seal, verify};
+use crate::source::{BlobRef, Body, Source};
 
 /// Chunks at most this long are decoded on the calling task: a thread hop costs more.
 const INLINE_LEN: u32 = 32 * 1024;
@@ -72,14 +72,46 @@ pub async fn fetch<B>(
     source: &dyn Source,
     blob: &BlobRef,
     plan: Vec<(ChunkSpec, B)>,
-    mut on_chunk: impl FnMut(usize, Verified<B>) + Send,
+    on_chunk: impl FnMut(usize, Verified<B>) + Send,
 ) -> Result<(), FetchError>
 where
     B: AsMut<[u8]> + AsRef<[u8]> + Send + 'static,
 {
-    let (specs, mut buffers) = check_plan(blob, plan)?;
-    let (Some(first), Some(last)) = (specs.first(), specs.last()) else { return Ok(()) };
-    let mut body = source.read(blob, first.stored_offset..last.stored_end()).await?;
+    let Some(range) = stored_range(&plan) else { return Ok(()) };
+    // A plan that makes no sense is refused before anything is asked for.
+    check_plan(blob, &plan)?;
+    let body = source.read(blob, range).await?;
+    fetch_from(source.name(), blob, body, plan, on_chunk, drop).await
+}
+
+/// The stored bytes from the start of the plan's first chunk to the end of its last.
+pub fn stored_range<B>(plan: &[(ChunkSpec, B)]) -> Option<std::ops::Range<u64>> {
+    let (first, last) = (plan.first()?, plan.last()?);
+    Some(first.0.stored_offset..last.0.stored_end())
+}
+
+/// As [`fetch`], from a body that has begun: it stands at or before the plan's first chunk and reaches its last.
+///
+/// When the plan's last byte has come, and the body goes on, `on_rest` gets it, while chunks may still be decoded.
+pub async fn fetch_from<B>(
+    name: &str,
+    blob: &BlobRef,
+    mut body: Body,
+    plan: Vec<(ChunkSpec, B)>,
+    mut on_chunk: impl FnMut(usize, Verified<B>) + Send,
+    on_rest: impl FnOnce(Body) + Send,
+) -> Result<(), FetchError>
+where
+    B: AsMut<[u8]> + AsRef<[u8]> + Send + 'static,
+{
+    check_plan(blob, &plan)?;
+    let Some(range) = stored_range(&plan) else { return Ok(()) };
+    if body.position() > range.start || body.position() + body.remaining() < range.end {
+        let detail = format!("a body at stored byte {} cannot give bytes {range:?}", body.position());
+        return Err(FetchError::Plan(detail));
+    }
+    let (specs, buffers): (Vec<_>, Vec<_>) = plan.into_iter().unzip();
+    let mut buffers: Vec<Option<B>> = buffers.into_iter().map(Some).collect();
 
     let mut failure: Option<(usize, ChunkError)> = None;
     let mut finish = |(index, result): Checked<B>| match result {
@@ -93,10 +125,13 @@ where
     };
 
     let mut decoding: FuturesUnordered<JoinHandle<Checked<B>>> = FuturesUnordered::new();
-    let mut position = first.stored_offset;
+    let mut position = body.position();
     let mut index = 0;
     let mut arriving: Option<Arriving<B>> = None;
     let ended = loop {
+        if index == specs.len() {
+            break Ok(());
+        }
         let next = {
             let piece = std::pin::pin!(body.next());
             if decoding.is_empty() {
@@ -122,7 +157,10 @@ where
             Either::Left(Some(Ok(piece))) => piece,
         };
         while !piece.is_empty() {
-            let Some(spec) = specs.get(index) else { break };
+            let Some(spec) = specs.get(index) else {
+                body.unread(std::mem::take(&mut piece));
+                break;
+            };
             if position < spec.stored_offset {
                 let skip = clamp(spec.stored_offset - position, piece.len());
                 position += advance(&mut piece, skip);
@@ -154,31 +192,36 @@ where
             index += 1;
         }
     };
+    let rest = if ended.is_ok() && body.remaining() > 0 {
+        on_rest(body);
+        None
+    } else {
+        Some(body).filter(|_| ended.is_ok())
+    };
     while let Some(done) = decoding.next().await {
         finish(joined(done));
     }
     ended?;
+    if let Some(mut body) = rest {
+        // The end of the reply is read too, so that its connection can be used again.
+        let _ = body.next().await;
+    }
     match failure {
         None => Ok(()),
         Some((index, error)) => {
-            let source_name = source.name().to_owned();
+            let source_name = name.to_owned();
             let place = ChunkPlace { source_name, blob: blob.digest, index, spec: specs[index] };
             Err(FetchError::Chunk { place: Box::new(place), error })
         }
     }
 }
 
-/// Splits the plan after checking that it can be read as one range.
-#[allow(clippy::type_complexity)] // private, and a name for the pair would say less
-fn check_plan<B: AsMut<[u8]>>(
-    blob: &BlobRef,
-    plan: Vec<(ChunkSpec, B)>,
-) -> Result<(Vec<ChunkSpec>, Vec<Option<B>>), FetchError> {
-    let mut specs: Vec<ChunkSpec> = Vec::with_capacity(plan.len());
-    let mut buffers = Vec::with_capacity(plan.len());
-    for (index, (spec, mut buffer)) in plan.into_iter().enumerate() {
-        split(&spec, &mut buffer).map_err(|error| FetchError::Plan(format!("chunk {index}: {error}")))?;
-        let earliest = specs.last().map_or(0, ChunkSpec::stored_end);
+/// Checks that the plan can be read as one range.
+fn check_plan<B: AsRef<[u8]>>(blob: &BlobRef, plan: &[(ChunkSpec, B)]) -> Result<(), FetchError> {
+    let mut earliest = 0;
+    for (index, (spec, buffer)) in plan.iter().enumerate() {
+        fits(spec, buffer.as_ref().len())
+            .map_err(|error| FetchError::Plan(format!("chunk {index}: {error}")))?;
         if spec.stored_offset < earliest {
             let detail = format!(
                 "chunk {index} starts at stored byte {}, before the end {earliest} of the one before it",
@@ -195,10 +238,9 @@ fn check_plan<B: AsMut<[u8]>>(
             );
             return Err(FetchError::Plan(detail));
         }
-        specs.push(spec);
-        buffers.push(Some(buffer));
+        earliest = spec.stored_end();
     }
-    Ok((specs, buffers))
+    Ok(())
 }
 
 fn clamp(bytes: u64, most: usize) -> usize {

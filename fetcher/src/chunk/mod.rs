@@ -8,7 +8,7 @@ mod fetch;
 
 use crate::source::SourceError;
 
-pub use fetch::fetch;
+pub use fetch::{fetch, fetch_from, stored_range};
 
 /// How a chunk is stored in its blob (rafs-v6 algorithms: a chunk that does not shrink is stored raw).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -197,9 +197,9 @@ impl ChunkSpec {
     }
 }
 
-fn split<B: AsMut<[u8]>>(spec: &ChunkSpec, buffer: &mut B) -> Result<usize, ChunkError> {
+/// The chunk's length, if a buffer of `available` bytes can hold it.
+fn fits(spec: &ChunkSpec, available: usize) -> Result<usize, ChunkError> {
     spec.check()?;
-    let available = buffer.as_mut().len();
     match usize::try_from(spec.len) {
         Ok(len) if len <= available => Ok(len),
         _ => Err(ChunkError::Buffer { buffer: available, len: spec.len }),
@@ -213,7 +213,7 @@ pub fn verify<B: AsMut<[u8]>>(
     stored: &[u8],
     mut buffer: B,
 ) -> Result<Verified<B>, ChunkError> {
-    let len = split(spec, &mut buffer)?;
+    let len = fits(spec, buffer.as_mut().len())?;
     decode::decode(spec, stored, &mut buffer.as_mut()[..len])?;
     seal(spec, buffer, len)
 }
