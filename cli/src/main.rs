@@ -55,6 +55,14 @@ enum Command {
     Mount(commands::mount::Options),
     /// Take a mount away.
     Umount(commands::umount::Options),
+    /// Fetch files of a mounted image, or all of it, before they are read.
+    Prefetch(commands::prefetch::Options),
+    /// Print what was read and fetched through a mount that was made with --record.
+    Recording(commands::record::Show),
+    /// Draw a recording: what was asked and fetched when, and what waited how long.
+    Report(commands::record::Report),
+    /// Put what a container reads at its start into one small blob that is fetched first.
+    Optimize(commands::optimize::Options),
     /// Show the daemon, its mounts and its cache.
     Status(commands::status::Options),
     /// Tell which attach modes this machine can run, and why not the others.
@@ -112,6 +120,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Check(options) => commands::check::run(options, global).await,
         Command::Mount(options) => commands::mount::run(options, global).await,
         Command::Umount(options) => commands::umount::run(options, global).await,
+        Command::Prefetch(options) => commands::prefetch::run(options, global).await,
+        Command::Recording(options) => commands::record::show(options).await,
+        Command::Report(options) => commands::record::report(&options, global),
+        Command::Optimize(options) => commands::optimize::run(options, global).await,
         Command::Status(options) => commands::status::run(options, global).await,
         Command::Doctor(options) => commands::doctor::run(&options, global).await,
     }

@@ -8,7 +8,7 @@ use reqwest::{Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 
 use crate::types::{
-    ApiError, Mount, MountRequest, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
 };
 
 /// The host part of the request URLs; a unix socket has none, HTTP wants one.
@@ -141,6 +141,23 @@ impl Client {
     pub async fn umount(&self, target: impl AsRef<Path>, detach: bool) -> Result<Mount, ClientError> {
         let query = UmountQuery { target: target.as_ref().into(), detach };
         self.json(Method::DELETE, "/v1/mounts", |builder| builder.query(&query)).await
+    }
+
+    /// `GET /v1/recordings`: what was read and fetched since the mount, when that is recorded.
+    ///
+    /// # Errors
+    /// [`ClientError::Api`] with status 404 when nothing of ours is mounted there, or it is not recorded.
+    pub async fn recording(&self, target: impl AsRef<Path>) -> Result<Recording, ClientError> {
+        let query = RecordingQuery { target: target.as_ref().into() };
+        self.json(Method::GET, "/v1/recordings", |builder| builder.query(&query)).await
+    }
+
+    /// `POST /v1/prefetch`: fetches of a mounted image before it is read.
+    ///
+    /// # Errors
+    /// [`ClientError::Api`] with status 404 when nothing of ours is mounted there, or a path is not in the image.
+    pub async fn prefetch(&self, request: &PrefetchRequest) -> Result<PrefetchReport, ClientError> {
+        self.json(Method::POST, "/v1/prefetch", |builder| builder.json(request)).await
     }
 
     /// `POST /v1/shutdown`: the daemon exits after its answer.

@@ -87,6 +87,9 @@ pub struct MountRequest {
     /// PEM file with additional certificate authorities, absolute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
+    /// Whether reads and fetches are written down, until the mount is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<Record>,
 }
 
 impl MountRequest {
@@ -99,8 +102,135 @@ impl MountRequest {
             credentials: None,
             insecure: Vec::new(),
             ca: None,
+            record: None,
         }
     }
+}
+
+/// How the use of a mount is written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Record {
+    /// As it happens: for a picture of a cold start.
+    Events,
+    /// With nothing fetched but what is read: for an access trace. Nothing of the image may be cached before.
+    Exact,
+}
+
+impl FromStr for Record {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "events" => Ok(Self::Events),
+            "exact" => Ok(Self::Exact),
+            other => Err(format!("unknown kind of recording `{other}`; use events or exact")),
+        }
+    }
+}
+
+/// `GET /v1/recordings`: what was read and fetched of an image since it was mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recording {
+    /// Version of this form: 1.
+    pub version: u32,
+    /// The image as it was named.
+    pub image: String,
+    /// SHA-256 of its bootstrap.
+    pub bootstrap: String,
+    /// The attach mode.
+    pub mode: AttachMode,
+    /// How it was recorded.
+    pub record: Record,
+    /// Whether there was more than a recording keeps.
+    pub cut: bool,
+    /// Ids of the blobs, in device order.
+    pub blobs: Vec<String>,
+    /// Kernel requests, in the order in which they came. What is cached already the kernel reads without one.
+    pub reads: Vec<RecordedRead>,
+    /// Fetches, in the order in which they began.
+    pub fetches: Vec<RecordedFetch>,
+}
+
+/// One kernel request of a [`Recording`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordedRead {
+    /// Microseconds since the recording began.
+    pub at_us: u64,
+    /// Position in [`Recording::blobs`].
+    pub blob: usize,
+    /// First byte on the blob's device.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Microseconds until its answer.
+    pub took_us: u64,
+    /// Whether it was refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub failed: bool,
+}
+
+/// One fetch of a [`Recording`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordedFetch {
+    /// Microseconds since the recording began.
+    pub at_us: u64,
+    /// Position in [`Recording::blobs`].
+    pub blob: usize,
+    /// First byte on the blob's device.
+    pub offset: u64,
+    /// Bytes there.
+    pub length: u64,
+    /// Bytes of it as it is stored.
+    pub stored_bytes: u64,
+    /// Microseconds until its last chunk was verified.
+    pub took_us: u64,
+    /// Whether a read waited for it when it was planned.
+    pub demand: bool,
+    /// Whether it made a request of its own; else it went on with that of the fetch before it.
+    pub request: bool,
+    /// Whether it failed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub failed: bool,
+}
+
+/// `GET /v1/recordings`: which mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordingQuery {
+    /// Where it is mounted.
+    pub target: PathBuf,
+}
+
+/// `POST /v1/prefetch`: fetch of a mounted image before it is read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrefetchRequest {
+    /// Where it is mounted.
+    pub target: PathBuf,
+    /// Paths from the image's root; directories with all that is in them. Empty: the whole image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<PathBuf>,
+    /// Only when nobody reads, at the pace of the configuration.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub background: bool,
+    /// Answer when it is all there, not when it is ordered.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub wait: bool,
+}
+
+/// The answer to [`PrefetchRequest`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrefetchReport {
+    /// Files named or found.
+    pub files: u64,
+    /// Bytes of chunks (uncompressed, whole blocks) that they need.
+    pub bytes: u64,
+    /// Of those, bytes that were not cached at the time of the answer.
+    pub missing_bytes: u64,
 }
 
 /// One live mount.

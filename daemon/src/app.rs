@@ -175,6 +175,9 @@ fn driver_config(config: &Config) -> DriverConfig {
         ..DriverConfig::default()
     };
     driver.engine.max_attempts = config.fetch.max_attempts;
+    driver.engine.fill_quiet = Duration::from_millis(config.fill.quiet_ms);
+    driver.engine.fill_bandwidth = config.fill.bandwidth_mib_s << 20;
+    driver.engine.fill_rate = config.fill.iops;
     driver.engine.read_deadline = Some(Duration::from_secs(config.fetch.read_deadline_s));
     driver
 }

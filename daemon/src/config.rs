@@ -26,6 +26,10 @@ pub struct Config {
     pub log: String,
     /// How data is fetched.
     pub fetch: Fetch,
+    /// What is fetched before it is read.
+    pub prefetch: Prefetch,
+    /// Background completion of mounted images.
+    pub fill: Fill,
     /// How images are mounted.
     pub mount: Mount,
     /// How registries are reached.
@@ -42,6 +46,8 @@ impl Default for Config {
             keeper_socket: "/run/skimmer/keeper.sock".into(),
             log: "info".into(),
             fetch: Fetch::default(),
+            prefetch: Prefetch::default(),
+            fill: Fill::default(),
             mount: Mount::default(),
             registry: Registry::default(),
             fscache: Fscache::default(),
@@ -66,6 +72,42 @@ pub struct Fetch {
 impl Default for Fetch {
     fn default() -> Self {
         Self { budget_mib: 64, read_deadline_s: 60, max_attempts: 24, park_s: 60 }
+    }
+}
+
+/// `[prefetch]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Prefetch {
+    /// Whether what an image lists is fetched when it is mounted.
+    pub listed: bool,
+}
+
+impl Default for Prefetch {
+    fn default() -> Self {
+        Self { listed: true }
+    }
+}
+
+/// `[fill]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fill {
+    /// Whether mounted images are completed in the background.
+    pub enable: bool,
+    /// How long after the mount that begins, seconds.
+    pub delay_s: u64,
+    /// How long no read may have waited before each fetch, milliseconds.
+    pub quiet_ms: u64,
+    /// Stored bytes a second that may be fetched, MiB; 0 for no limit.
+    pub bandwidth_mib_s: u64,
+    /// Fetches a second; 0 for no limit.
+    pub iops: u64,
+}
+
+impl Default for Fill {
+    fn default() -> Self {
+        Self { enable: false, delay_s: 30, quiet_ms: 200, bandwidth_mib_s: 0, iops: 0 }
     }
 }
 
@@ -233,6 +275,12 @@ impl Config {
             if !(1..=86_400).contains(&value) {
                 return fail(key, "must be from 1 to 86400 seconds");
             }
+        }
+        if self.fill.delay_s > 86_400 || self.fill.quiet_ms > 86_400_000 {
+            return fail("fill.delay_s", "and `fill.quiet_ms` must be at most a day");
+        }
+        if self.fill.bandwidth_mib_s > 1 << 20 || self.fill.iops > 1 << 20 {
+            return fail("fill.bandwidth_mib_s", "and `fill.iops` must be at most 1048576");
         }
         if self.mount.read_ahead_kib > 1 << 20 {
             return fail("mount.read_ahead_kib", "must be at most 1048576");

@@ -23,6 +23,8 @@ pub struct Config {
     pub max_request: u64,
     /// Stored bytes a second that background fills may fetch; 0 for no limit.
     pub fill_bandwidth: u64,
+    /// Flights a second that background fills may start; 0 for no limit.
+    pub fill_rate: u64,
     /// No background fill starts before reads have waited for nothing for so long.
     pub fill_quiet: Duration,
     /// A demanded fetch smaller than this (device bytes) is enlarged to it; also the floor of a shrinking window.
@@ -63,6 +65,7 @@ impl Default for Config {
             chain_depth: 3,
             max_request: 64 * MIB,
             fill_bandwidth: 0,
+            fill_rate: 0,
             fill_quiet: Duration::from_millis(200),
             min_fetch: 128 * KIB,
             gap: 256 * KIB,

@@ -76,6 +76,7 @@ fn config() -> impl Strategy<Value = Config> {
         chain_depth: max_flights,
         max_request: sizes[8],
         fill_bandwidth: sizes[9],
+        fill_rate: sizes[9],
         fill_quiet: delays[4],
 
         budget_bytes: sizes[0],

@@ -126,6 +126,11 @@ impl BlobWriter {
     }
 
     pub(crate) fn finish(self) -> Result<Blob, MkfsError> {
+        self.finish_with(BlobFeatures::empty())
+    }
+
+    /// Ends the blob, with these features beside those of the plain form.
+    pub(crate) fn finish_with(self, features: BlobFeatures) -> Result<Blob, MkfsError> {
         let Self { mut out, layout, chunks, stored, device, compressor, digest, chunk_size } = self;
         let ci_bytes = u64::try_from(chunks.len()).unwrap_or(u64::MAX) * 16;
         let mut entry = BlobEntry::new_zeroed();
@@ -133,7 +138,7 @@ impl BlobWriter {
         entry.chunk_count = le::U32::new(u32::try_from(chunks.len()).expect("push allows fewer than 2^24"));
         entry.compression_algo = le::U32::new(compressor.code());
         entry.digest_algo = le::U32::new(digest.code());
-        entry.features = le::U32::new(BlobFeatures::PLAIN.bits());
+        entry.features = le::U32::new(BlobFeatures::PLAIN.union(features).bits());
         entry.compressed_size = le::U64::new(stored + ci_bytes + HEADER_SIZE);
         entry.uncompressed_size = le::U64::new(device);
         entry.ci_compressor = le::U32::new(Compressor::None.code());

@@ -80,7 +80,8 @@ pub fn convert(
     let mut packed = packer.finish()?;
 
     progress.phase(Phase::Bootstrap);
-    let plan = Plan::new(&tree, &packed, options.chunk_size)?;
+    let counts: Vec<usize> = packed.blobs.iter().map(|blob| blob.chunks.len()).collect();
+    let plan = Plan::new(&tree, &packed, &counts, options.chunk_size)?;
     // What can still be refused is refused before the first blob gets its name.
     plan.prefetch(&tree, &options.prefetch)?;
     let mut blobs: Vec<(BlobRef, PublishedBlob)> = Vec::with_capacity(plan.blobs.len());

@@ -536,7 +536,7 @@ mod tests {
     fn hard_links() {
         let mut tree = Tree::new();
         let mut layer = Layer::new(&mut tree, false);
-        let data = crate::pack::DataId::for_test(0);
+        let data = crate::pack::DataId::new(0);
         layer.add(&mut tree, &[b"a".to_vec()], inode(Body::Regular { size: 0, data }, 0o644)).unwrap();
         add(&mut layer, &mut tree, "d/b=./a").unwrap();
         layer.merge(&mut tree).unwrap();

@@ -33,9 +33,9 @@ pub(crate) struct ChunkRef {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct DataId(usize);
 
-#[cfg(test)]
 impl DataId {
-    pub(crate) fn for_test(index: usize) -> Self {
+    /// The file at this place in [`Packed::files`].
+    pub(crate) fn new(index: usize) -> Self {
         Self(index)
     }
 }

@@ -6,5 +6,8 @@ pub(crate) mod copy;
 pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod mount;
+pub(crate) mod optimize;
+pub(crate) mod prefetch;
+pub(crate) mod record;
 pub(crate) mod status;
 pub(crate) mod umount;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use skimmer_client::{AttachMode, MountRequest};
+use skimmer_client::{AttachMode, MountRequest, Record};
 use skimmer_fetcher::reference::Reference;
 
 use crate::{Global, daemon, image, output};
@@ -18,6 +18,10 @@ pub(crate) struct Options {
     /// How the kernel asks for data: auto, fscache, fanotify or local.
     #[arg(long, short, default_value_t)]
     mode: AttachMode,
+    /// Write down what is read and fetched, for `skimmer report` (events) or `skimmer optimize` (exact: nothing is
+    /// fetched but what is read).
+    #[arg(long, value_name = "KIND", num_args = 0..=1, default_missing_value = "events", require_equals = true)]
+    record: Option<Record>,
     #[command(flatten)]
     registry: image::Registry,
     #[command(flatten)]
@@ -37,6 +41,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     }
     let mut request = MountRequest::new(absolute(&reference)?, target);
     request.mode = options.mode;
+    request.record = options.record;
     request.credentials = options.registry.credentials()?;
     request.insecure = options.registry.insecure(&reference);
     request.ca = options.registry.ca()?;

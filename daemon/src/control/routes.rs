@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use skimmer_client::{
-    ApiError, Mount, MountRequest, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
 };
 
 use super::{Api, Stop};
@@ -21,6 +21,8 @@ pub fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/mounts", get(mounts).post(mount).delete(umount))
+        .route("/v1/prefetch", post(prefetch))
+        .route("/v1/recordings", get(recording))
         .route("/v1/shutdown", post(shutdown))
         .route("/metrics", get(metrics))
         .fallback(unknown)
@@ -99,6 +101,22 @@ async fn umount(
         Ok::<_, Failure>(mount)
     });
     Ok(Json(work.await.map_err(Failure::from)??))
+}
+
+async fn prefetch(
+    State(api): State<Api>,
+    body: Result<Json<PrefetchRequest>, JsonRejection>,
+) -> Result<Json<PrefetchReport>, Refusal> {
+    let Json(request) = body?;
+    Ok(Json(api.mounts.prefetch(&request).await?))
+}
+
+async fn recording(
+    State(api): State<Api>,
+    query: Result<Query<RecordingQuery>, QueryRejection>,
+) -> Result<Json<Recording>, Refusal> {
+    let Query(query) = query?;
+    Ok(Json(api.mounts.recording(&query.target).await?))
 }
 
 async fn shutdown(

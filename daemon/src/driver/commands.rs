@@ -106,8 +106,15 @@ impl Driver {
                 }
                 let _ = reply.send(Ok(()));
             }
+            Command::Missing { blob, ranges, reply } => {
+                let _ = reply.send(self.missing(blob, &ranges));
+            }
             Command::Prove { blob, range, seen, reply } => {
-                self.proofs.insert(blob, (range, seen));
+                self.proofs.insert(blob, (range, Some(seen)));
+                let _ = reply.send(Ok(()));
+            }
+            Command::EndProof { blob, reply } => {
+                self.proofs.remove(&blob);
                 let _ = reply.send(Ok(()));
             }
             Command::Record { number, blobs, exact, reply } => {
@@ -353,6 +360,22 @@ impl Driver {
         poll.map_err(|error| DriverError::system("polling /dev/cachefiles", error))?;
         self.fscache = Some(fscache);
         Ok(())
+    }
+
+    fn missing(&self, blob: BlobId, ranges: &[Range<u64>]) -> Result<(u64, u64), DriverError> {
+        let known = self.blobs.get(&blob).ok_or(DriverError::UnknownBlob(blob))?;
+        // Without a file the blob's own record tells.
+        let ready = self.objects.of(blob).into_iter().find_map(|id| self.objects.get(id));
+        let ready = ready.map_or(&known.ready, |object| &object.ready);
+        let (mut bytes, mut missing) = (0, 0);
+        for range in ranges {
+            let first = known.spec.chunks.partition_point(|chunk| chunk.padded_end() <= range.start);
+            for chunk in known.spec.chunks[first..].iter().take_while(|chunk| chunk.start < range.end) {
+                bytes += chunk.padded_len();
+                missing += if ready.contains(chunk.index) { 0 } else { chunk.padded_len() };
+            }
+        }
+        Ok((bytes, missing))
     }
 
     fn record(&mut self, number: u64, blobs: Vec<BlobId>, exact: bool) -> Result<(), DriverError> {

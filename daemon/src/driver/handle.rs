@@ -27,7 +27,9 @@ pub(crate) enum Command {
     ForgetCookie { volume: String, cookie: String, reply: Reply<()> },
     Prefetch { blob: BlobId, range: Range<u64>, background: bool, reply: Reply<()> },
     StopFill { blob: BlobId, reply: Reply<()> },
+    Missing { blob: BlobId, ranges: Vec<Range<u64>>, reply: Reply<(u64, u64)> },
     Prove { blob: BlobId, range: Range<u64>, seen: oneshot::Sender<()>, reply: Reply<()> },
+    EndProof { blob: BlobId, reply: Reply<()> },
     Record { number: u64, blobs: Vec<BlobId>, exact: bool, reply: Reply<()> },
     Recorded { number: u64, reply: Reply<Recorded> },
     EndRecording { number: u64, reply: Reply<()> },
@@ -134,17 +136,27 @@ impl Handle {
         self.ask(|reply| Command::Prefetch { blob, range, background, reply }).await
     }
 
+    /// Bytes of the chunks in these device ranges, and of those the bytes that are not written yet.
+    pub async fn missing(&self, blob: BlobId, ranges: Vec<Range<u64>>) -> Result<(u64, u64), DriverError> {
+        self.ask(|reply| Command::Missing { blob, ranges, reply }).await
+    }
+
     /// Drops what background prefetches of the blob have not begun to fetch.
     pub async fn stop_fill(&self, blob: BlobId) -> Result<(), DriverError> {
         self.ask(|reply| Command::StopFill { blob, reply }).await
     }
 
-    /// fanotify: the next access to `range` of the blob is denied (EIO) without any fetch, and told of by the result.
-    /// Nobody but the caller may read the blob then.
+    /// fanotify: accesses to `range` of the blob are denied (EIO) without any fetch until [`Self::end_proof`], and the
+    /// first one is told of by the result. Nobody but the caller may read the blob meanwhile.
     pub async fn prove(&self, blob: BlobId, range: Range<u64>) -> Result<oneshot::Receiver<()>, DriverError> {
         let (seen, told) = oneshot::channel();
         self.ask(|reply| Command::Prove { blob, range, seen, reply }).await?;
         Ok(told)
+    }
+
+    /// Ends what [`Self::prove`] began.
+    pub async fn end_proof(&self, blob: BlobId) -> Result<(), DriverError> {
+        self.ask(|reply| Command::EndProof { blob, reply }).await
     }
 
     /// Begins to write down what is read and fetched of these blobs; `exact` turns enlarging off for them.

@@ -128,14 +128,12 @@ impl Driver {
             return self.answer_event(event, Err(Errno::from(rustix::io::Errno::PERM)));
         }
         let len = count.min(size - offset);
-        if let Some((range, _)) = self.proofs.get(&blob)
+        if let Some((range, seen)) = self.proofs.get_mut(&blob)
             && offset < range.end
             && offset + len > range.start
         {
-            if let Some((_, seen)) = self.proofs.remove(&blob) {
-                // Nobody listens any more when the proof came too late.
-                let _ = seen.send(());
-            }
+            // The kernel tries each page twice. Nobody listens any more when the proof came too late.
+            let _ = seen.take().map(|seen| seen.send(()));
             return self.answer_event(event, Err(Errno::IO));
         }
         let _ = self.read(object, Ticket::Event(event), offset, len, since);

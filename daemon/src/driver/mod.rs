@@ -82,8 +82,8 @@ pub struct Driver {
     parked: VecDeque<Parked>,
     waiting: Waiting,
     recordings: Recordings,
-    /// Accesses that are to be denied, once: a mount's proof that they come at all.
-    proofs: HashMap<BlobId, (Range<u64>, oneshot::Sender<()>)>,
+    /// Accesses that are to be denied: a mount's proof that they come at all.
+    proofs: HashMap<BlobId, (Range<u64>, Option<oneshot::Sender<()>>)>,
 
     epoch: Instant,
     /// Counts the turns of the loop: a read completed in the turn it came in was a hit.

@@ -5,10 +5,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use erofs_format::Image;
-use skimmer_client::{AttachMode, Mount, MountRequest};
+use skimmer_client::{AttachMode, Mount, MountRequest, Record};
 
 use super::kernel::{Detached, Source};
 use super::open::Opened;
+use super::recording::recorded_mode;
 use super::{Attachment, DOMAIN, Failure, Kind, Mounts, State, VOLUME, bdi, modes, on_demand, probe};
 use crate::blob::{BlobSpec, ReadyBits};
 use crate::frontend::{CookieRole, FscacheSetup, Mode};
@@ -31,6 +32,8 @@ struct Plan {
     reason: String,
     /// The watched blobs, and what of them is ready: what has to be proved.
     watched: Vec<(BlobSpec, ReadyBits)>,
+    /// Whether what the image lists is fetched early.
+    prefetch: bool,
 }
 
 impl Mounts {
@@ -52,6 +55,10 @@ impl Mounts {
             self.secrets.lock().unwrap_or_else(PoisonError::into_inner).put(&request.image, login.clone())?;
         }
         if let Some(index) = shareable(&state, &opened.image.bootstrap, wanted) {
+            if request.record.is_some() {
+                let message = format!("{} is mounted already: a recording begins with the first mount", request.image);
+                return Err(Failure::new(Kind::Conflict, message).remedy("unmount it first"));
+            }
             let record = state.attachments[index].record.clone();
             if let Some(source) = visible(&record).await? {
                 return self.attach_clone(&mut state, index, source, opened, request, target).await;
@@ -64,7 +71,7 @@ impl Mounts {
             }
             tracing::info!("{covered}: it gets a superblock more");
         }
-        let plan = self.prepare(&mut state, opened, wanted, target).await;
+        let plan = self.prepare(&mut state, opened, wanted, request, target).await;
         drop(state);
         let raised = match plan {
             Ok(plan) => self.raise_and_prove(opened, &plan).await.map(|raised| (plan, raised)),
@@ -81,6 +88,9 @@ impl Mounts {
             (Err(failure), _) => Err(failure),
         };
         if result.is_err() {
+            for attachment in state.attachments.iter().filter(|a| a.rising.as_deref() == Some(target)) {
+                self.end_recording(attachment).await;
+            }
             state.attachments.retain(|a| a.rising.as_deref() != Some(target));
             self.release_unused(&mut state).await;
             self.forget_secrets(&state);
@@ -98,9 +108,10 @@ impl Mounts {
         state: &mut State,
         opened: &Opened,
         wanted: AttachMode,
+        request: &MountRequest,
         target: &Path,
     ) -> Result<Plan, Failure> {
-        let reports = self.modes(state.bound).await?;
+        let reports = self.recent_modes(state.bound).await?;
         let mode = modes::choose(wanted, &reports).map_err(|why| {
             Failure::new(Kind::Unavailable, why).remedy("`skimmer doctor` explains what each mode needs")
         })?;
@@ -122,19 +133,30 @@ impl Mounts {
             image: opened.image.clone(),
             specs: opened.specs.clone(),
             rising: Some(target.into()),
+            recorder: None,
             fault: None,
         });
-        match mode {
+        let mut plan = match mode {
             AttachMode::Fscache => {
                 self.prepare_fscache(state, opened).await?;
-                Ok(Plan { mode, reason: why, watched: Vec::new() })
+                Plan { mode, reason: why, watched: Vec::new(), prefetch: false }
             }
-            _ => self.prepare_files(state, opened, mode, why).await,
+            _ => self.prepare_files(state, opened, mode, why).await?,
+        };
+        self.begin_recording(state, opened, request, recorded_mode(mode)).await?;
+        plan.prefetch = request.record != Some(Record::Exact);
+        if plan.prefetch {
+            self.prefetch_listed(&opened.early).await?;
         }
+        Ok(plan)
     }
 
     async fn raise_and_prove(&self, opened: &Opened, plan: &Plan) -> Result<Raised, Failure> {
         let raised = self.raise(opened, plan.mode).await?;
+        if plan.mode == AttachMode::Fscache && plan.prefetch {
+            // Its files are known since the kernel opened them.
+            self.prefetch_listed(&opened.early).await?;
+        }
         if !plan.watched.is_empty() {
             self.prove(opened, plan, &raised).await?;
         }
@@ -238,13 +260,13 @@ impl Mounts {
         match (wanted, missing) {
             (_, 0) => {
                 let reason = "every chunk is in the cache: no event is needed".into();
-                Ok(Plan { mode: AttachMode::Local, reason, watched })
+                Ok(Plan { mode: AttachMode::Local, reason, watched, prefetch: false })
             }
             (AttachMode::Local, _) => {
                 let message = format!("attach mode local: {missing} bytes of the image are not in the cache");
                 Err(Failure::new(Kind::Conflict, message).remedy("mount it with mode auto"))
             }
-            _ => Ok(Plan { mode: AttachMode::Fanotify, reason: why, watched }),
+            _ => Ok(Plan { mode: AttachMode::Fanotify, reason: why, watched, prefetch: false }),
         }
     }
 
@@ -372,7 +394,26 @@ impl Mounts {
         let mut reads = tokio::task::JoinSet::new();
         for probe in probes {
             let mount = Arc::clone(&raised.mount);
-            reads.spawn_blocking(move || probe::read(&mount, &probe));
+            // Where nobody else reads the blob its data need not come: that the kernel asks is the proof.
+            let shared = self.state.lock().await.users(probe.blob) > 1;
+            if shared {
+                reads.spawn(async move {
+                    tokio::task::spawn_blocking(move || probe::read(&mount, &probe)).await.map_err(|e| e.to_string())?
+                });
+            } else {
+                let (blob, driver) = (probe.blob, self.driver.clone());
+                let seen = driver.prove(blob, probe.device()).await?;
+                reads.spawn(async move {
+                    let read = tokio::task::spawn_blocking(move || probe::read(&mount, &probe)).await;
+                    driver.end_proof(blob).await.map_err(|error| error.to_string())?;
+                    let outcome = read.map_err(|error| error.to_string())?;
+                    match (seen.await, outcome) {
+                        (Ok(()), _) => Ok(()),
+                        (Err(_), Err(why)) => Err(why),
+                        (Err(_), Ok(())) => Err(format!("the kernel read blob {blob} without asking")),
+                    }
+                });
+            }
         }
         let all = async {
             while let Some(read) = reads.join_next().await {

@@ -33,6 +33,12 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// Nothing of ours is mounted there.
+    pub(super) fn not_mounted(target: &std::path::Path) -> Self {
+        Self::new(Kind::NotFound, format!("no image is mounted on {}", target.display()))
+            .remedy("`skimmer status` lists the mounts")
+    }
+
     /// A failure without a remedy.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), remedy: None }

@@ -14,6 +14,8 @@ pub mod open;
 pub mod probe;
 
 mod attach;
+mod early;
+mod recording;
 mod release;
 mod restore;
 
@@ -125,6 +127,8 @@ struct Attachment {
     /// Set while it is brought up: the target it is meant for. It is in no record then and cannot be shared, but what it
     /// needs is in use.
     rising: Option<PathBuf>,
+    /// What is written down of its use.
+    recorder: Option<recording::Recorder>,
     /// Why it is not served, if so. It stays on record, so that the next daemon tries again.
     fault: Option<String>,
 }
@@ -132,6 +136,11 @@ struct Attachment {
 impl State {
     fn uses(&self, blob: BlobId) -> bool {
         self.attachments.iter().any(|attachment| attachment.has(blob))
+    }
+
+    /// How many superblocks use a blob, those that are being brought up included.
+    fn users(&self, blob: BlobId) -> usize {
+        self.attachments.iter().filter(|attachment| attachment.has(blob)).count()
     }
 
     /// The superblocks that are up.
@@ -269,7 +278,7 @@ impl Mounts {
     ///
     /// # Errors
     /// [`Failure`]; nothing is left behind then.
-    pub async fn mount(&self, request: MountRequest) -> Result<Mount, Failure> {
+    pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<Mount, Failure> {
         let target = check_target(&request.target)?;
         let opened = self.open(&request).await?;
         let turn = self.turns.of(&opened.image.bootstrap);
@@ -277,6 +286,9 @@ impl Mounts {
             let _turn = turn.lock().await;
             self.attach(&opened, &request, &target).await
         };
+        if result.is_ok() {
+            self.fill_later(&opened.specs);
+        }
         drop(turn);
         self.turns.forget(&opened.image.bootstrap);
         result

@@ -15,6 +15,7 @@ use skimmer_fetcher::reference::Reference;
 use skimmer_fetcher::registry::{Registry, RegistryOptions};
 use skimmer_fetcher::source::Source;
 
+use super::early::Early;
 use super::{Failure, Kind, Mounts};
 use crate::blob::{BlobId, BlobSpec};
 use crate::store::bootstraps;
@@ -28,6 +29,8 @@ pub struct Opened {
     pub bootstrap: Vec<u8>,
     /// Its blobs in device order.
     pub specs: Vec<BlobSpec>,
+    /// What it wants fetched early.
+    pub early: Early,
     /// Where the blobs come from.
     pub source: Arc<dyn Source>,
 }
@@ -75,8 +78,13 @@ impl Mounts {
             &request.insecure,
             request.ca.as_deref(),
         );
-        let options =
-            OpenOptions { registry, max_bootstrap: bootstraps::MAX_BYTES, ..OpenOptions::default() };
+        // The bootstrap is checked by the manifest; nothing of the config is needed.
+        let options = OpenOptions {
+            registry,
+            max_bootstrap: bootstraps::MAX_BYTES,
+            config: false,
+            ..OpenOptions::default()
+        };
         let limit = self.config.mount.open_timeout();
         let failed = |message: String| Failure::new(Kind::Source, message);
         let remote = tokio::time::timeout(limit, skimmer_fetcher::image::open(&reference, &options))
@@ -86,13 +94,17 @@ impl Mounts {
         let stored: HashMap<BlobId, u64> =
             remote.blobs.iter().map(|blob| (BlobId::new(*blob.digest.as_bytes()), blob.size)).collect();
         let bootstrap = remote.bootstrap;
-        let (specs, bootstrap) =
-            tokio::task::spawn_blocking(move || specs(&bootstrap, &stored).map(|specs| (specs, bootstrap)))
-                .await?
-                .map_err(|failure| Failure {
-                    message: format!("{}: {}", request.image, failure.message),
-                    ..failure
-                })?;
+        let check = move || {
+            let specs = specs(&bootstrap, &stored)?;
+            let image = Image::parse(&bootstrap).map_err(|e| Failure::new(Kind::BadImage, e.to_string()))?;
+            let early = Early::listed(&image, &specs);
+            Ok((specs, early, bootstrap))
+        };
+        let (specs, early, bootstrap) =
+            tokio::task::spawn_blocking(check).await?.map_err(|failure: Failure| Failure {
+                message: format!("{}: {}", request.image, failure.message),
+                ..failure
+            })?;
         let image = ImageRecord {
             bootstrap: bootstraps::name(&bootstrap),
             sources: vec![SourceRecord {
@@ -106,7 +118,7 @@ impl Mounts {
                 .map(|spec| BlobRecord { id: spec.id.hex(), stored_bytes: spec.stored_bytes })
                 .collect(),
         };
-        Ok(Opened { image, bootstrap, specs, source: remote.source })
+        Ok(Opened { image, bootstrap, specs, early, source: remote.source })
     }
 
     /// The source of an image that is mounted already, without asking it anything: it may be down just now.

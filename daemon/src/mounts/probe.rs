@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +29,8 @@ pub struct Probe {
     pub path: PathBuf,
     /// Where in it the chunk begins.
     pub offset: u64,
+    /// Where on the blob's device it begins.
+    device_offset: u64,
     /// The chunk, as it must come out of the mount.
     chunk: ChunkSpec,
 }
@@ -75,7 +78,8 @@ pub fn choose(image: &Image<'_>, watched: &[(&BlobSpec, &ReadyBits)]) -> Result<
             let path = walk.path();
             let path = PathBuf::from(OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(path)));
             let chunk = as_read(&chunk.spec);
-            best.insert(*blob, Probe { blob: *blob, path, offset: part.file_offset, chunk });
+            let (offset, device_offset) = (part.file_offset, part.device_offset);
+            best.insert(*blob, Probe { blob: *blob, path, offset, device_offset, chunk });
         }
         if done(&best) {
             break;
@@ -131,6 +135,11 @@ impl Probe {
     /// The file, relative to the mount's root.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What it reads of the blob's device.
+    pub fn device(&self) -> Range<u64> {
+        self.device_offset..self.device_offset + u64::from(self.chunk.len)
     }
 }
 

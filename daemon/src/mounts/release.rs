@@ -22,8 +22,7 @@ impl Mounts {
         let mut state = self.state.lock().await;
         self.sweep(&mut state).await;
         let (index, place) = find(&state, &real).ok_or_else(|| {
-            Failure::new(Kind::NotFound, format!("no image is mounted on {}", target.display()))
-                .remedy("`skimmer status` lists the mounts")
+            Failure::not_mounted(target)
         })?;
         let mount = self.umount_one(&mut state, index, place, detach).await?;
         self.release(&mut state).await?;
@@ -143,6 +142,7 @@ impl Mounts {
         let present = mountinfo::erofs_mounts();
         let mut gone: Vec<String> = Vec::new();
         let mut shrinking: Vec<BlobId> = Vec::new();
+        let mut recorded = Vec::new();
         state.attachments.retain(|attachment| {
             let record = &attachment.record;
             let alive = attachment.rising.is_some()
@@ -157,9 +157,13 @@ impl Mounts {
             if !alive {
                 gone.push(record.bootstrap.clone());
                 shrinking.extend(attachment.specs.iter().map(|spec| spec.id));
+                recorded.extend(attachment.recorder.clone());
             }
             alive
         });
+        for recorder in recorded {
+            self.end_recorder(&recorder).await;
+        }
         if state.attachments.len() != before {
             state.shrinking.extend(shrinking);
             self.save(state, false)?;

@@ -49,7 +49,14 @@ impl Mounts {
                     blobs: Vec::new(),
                 });
                 let (record, specs) = (attachment, Vec::new());
-                state.attachments.push(Attachment { record, image, specs, rising: None, fault: Some(fault) });
+                state.attachments.push(Attachment {
+                    record,
+                    image,
+                    specs,
+                    rising: None,
+                    recorder: None,
+                    fault: Some(fault),
+                });
             }
         }
         self.adopt_held(&mut state);
@@ -115,7 +122,7 @@ impl Mounts {
         }
         tracing::info!(bootstrap = %record.bootstrap, mode = %record.mode, mounts = record.mounts.len(), "picked up");
         let record = record.clone();
-        state.attachments.push(Attachment { record, image, specs, rising: None, fault: None });
+        state.attachments.push(Attachment { record, image, specs, rising: None, recorder: None, fault: None });
         Ok(())
     }
 

@@ -12,6 +12,8 @@ use crate::{FlightId, ObjectId, Output};
 
 /// Flights that read-ahead and prefetch leave free for demand.
 const RESERVED_FLIGHTS: u64 = 2;
+/// In nanoseconds.
+const SECOND: u128 = 1_000_000_000;
 
 impl Engine {
     /// Puts an object with something queued into the lines it belongs to.
@@ -88,7 +90,7 @@ impl Engine {
         self.next_flight += 1;
         let gap = object.link.gap(&self.config);
         let limits = Limits { span: self.config.max_request, gap };
-        let least = if self.config.fill_bandwidth == 0 { priority.max(Priority::Prefetch) } else { Priority::Prefetch };
+        let least = if self.config.fill_bandwidth == 0 && self.config.fill_rate == 0 { priority.max(Priority::Prefetch) } else { Priority::Prefetch };
         // A run that failed, or fails, has a request of its own.
         let until = match tries == Tries::FIRST {
             true => object.plan.goes_on(&chunks, least, &object.chunks, &object.ready, limits),
@@ -107,8 +109,10 @@ impl Engine {
         self.stats.retries += u64::from(tries.attempt > 1);
         let bytes = stored(&object.chunks, &chunks);
         self.stats.fetched_stored_bytes += bytes;
-        if priority == Priority::Fill && self.config.fill_bandwidth > 0 {
-            let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.config.fill_bandwidth);
+        if priority == Priority::Fill {
+            let (bandwidth, rate) = (self.config.fill_bandwidth, self.config.fill_rate);
+            let nanos = (u128::from(bytes) * SECOND).checked_div(bandwidth.into()).unwrap_or(0);
+            let nanos = nanos.max(SECOND.checked_div(rate.into()).unwrap_or(0));
             let pause = core::time::Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
             self.fill_after = self.fill_after.max(self.now).after(pause);
         }

@@ -115,6 +115,7 @@ fn config(rng: &mut Rng, seed: u64) -> Config {
         chain_depth: u32::try_from(rng.within(0, 4)).unwrap(),
         max_request: rng.within(0, 256) * 4 * KIB,
         fill_bandwidth: if rng.chance(50) { 0 } else { rng.within(1, 1 << 20) },
+        fill_rate: if rng.chance(50) { 0 } else { rng.within(1, 1000) },
         fill_quiet: Duration::from_millis(rng.within(0, 300)),
         gap: if rng.chance(30) { 0 } else { rng.within(1, 64 * KIB) },
         write_run: rng.within(1, 64) * 4 * KIB,

@@ -43,16 +43,22 @@ pub(crate) struct Plan {
 const UNPLANNED: u32 = u32::MAX;
 
 impl Plan {
-    pub(crate) fn new(tree: &Tree, packed: &Packed, chunk_size: u32) -> Result<Self, MkfsError> {
+    /// `counts` are the numbers of chunks of the blobs in build order.
+    pub(crate) fn new(
+        tree: &Tree,
+        packed: &Packed,
+        counts: &[usize],
+        chunk_size: u32,
+    ) -> Result<Self, MkfsError> {
         let mut plan = Self {
             inodes: Vec::new(),
             position: vec![UNPLANNED; tree.inode_count()],
             blobs: Vec::new(),
-            blob_position: vec![None; packed.blobs.len()],
+            blob_position: vec![None; counts.len()],
             counts: TreeCounts::default(),
         };
         plan.walk(tree)?;
-        plan.find_used(tree, packed, chunk_size);
+        plan.find_used(tree, packed, counts, chunk_size);
         if plan.blobs.len() > BLOBS_MAX {
             return Err(MkfsError::Limit {
                 what: "layers with file data",
@@ -126,8 +132,8 @@ impl Plan {
         Ok(())
     }
 
-    fn find_used(&mut self, tree: &Tree, packed: &Packed, chunk_size: u32) {
-        let mut used: Vec<Vec<Option<u64>>> = packed.blobs.iter().map(|_| Vec::new()).collect();
+    fn find_used(&mut self, tree: &Tree, packed: &Packed, counts: &[usize], chunk_size: u32) {
+        let mut used: Vec<Vec<Option<u64>>> = counts.iter().map(|_| Vec::new()).collect();
         for planned in &self.inodes {
             let Body::Regular { data, .. } = &tree.get(planned.id).body else { continue };
             let mut offset = 0;
@@ -135,7 +141,7 @@ impl Plan {
                 let number = crate::pack::usize_from(chunk.blob);
                 let chunks = &mut used[number];
                 if chunks.is_empty() {
-                    chunks.resize(packed.blobs[number].chunks.len(), None);
+                    chunks.resize(counts[number], None);
                 }
                 chunks[crate::pack::usize_from(chunk.index)].get_or_insert(offset);
                 offset += u64::from(chunk_size);
