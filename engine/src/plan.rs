@@ -278,7 +278,8 @@ impl Plan {
         limits: Limits,
     ) -> u32 {
         let mut end = piece.end;
-        for (&start, segment) in self.segments.range(piece.end..) {
+        for (start, segment) in self.overlapping(&(piece.end..u32::MAX)) {
+            let start = start.max(piece.end);
             let joined = segment.mixes()
                 && segment.priority <= least
                 && ready.next_present(end..start).is_none()

@@ -396,6 +396,52 @@ fn a_measured_source_widens_the_gap() {
 
 /// With a search or a copy of the chunk list per read, this would take hours.
 #[test]
+fn what_follows_may_share_the_request() {
+    let mut shell = Shell::new(Config::default());
+    shell.give(Input::AddObject { object: A, chunks: even(100, 1 << 20), ready: ReadySet::new(100) });
+    let out = shell.give(Input::Prefetch { object: A, range: 0..100 * MIB, background: false });
+    let flights: Vec<(Range<u32>, u32)> = out
+        .iter()
+        .filter_map(|output| match output {
+            Output::Fetch { chunks, until, .. } => Some((chunks.clone(), *until)),
+            _ => None,
+        })
+        .collect();
+    // Flights of 2 MiB, three at a time, on requests of 64 MiB.
+    assert_eq!(flights, [(0..2, 64), (2..4, 66), (4..6, 68)]);
+    // A reader far behind them takes a request of its own, and the rest still follows.
+    let out = shell.read(A, 50 * MIB, 4096);
+    assert_eq!(fetches(&out).first().map(|fetch| fetch.2.clone()), Some(50..51));
+    // One who wants what has not begun to arrive does not wait for its turn.
+    let out = shell.read(A, 5 * MIB, 4096);
+    assert!(out.iter().any(|output| matches!(output, Output::CancelFlight { .. })), "{out:?}");
+}
+
+#[test]
+fn a_fill_waits_for_quiet() {
+    let config = Config { fill_bandwidth: 4 << 20, ..Config::default() };
+    let mut shell = Shell::new(config);
+    shell.give(Input::AddObject { object: A, chunks: even(100, 1 << 20), ready: ReadySet::new(100) });
+    let out = shell.read(A, 50 * MIB, 4096);
+    let demand = fetches(&out).first().cloned().unwrap();
+    let out = shell.give(Input::Prefetch { object: A, range: 0..10 * MIB, background: true });
+    assert_eq!(fetches(&out), [], "a read waits");
+    let mut out = shell.land(demand.0, demand.2);
+    while let Some((flight, _, chunks, _)) = fetches(&out).first().cloned() {
+        assert!(chunks.start >= 50, "no fill before the quiet");
+        out = shell.land(flight, chunks);
+    }
+    let out = shell.wait();
+    assert_eq!(fetches(&out).first().map(|fetch| fetch.2.clone()), Some(0..2), "{out:?}");
+    // The next one when the bandwidth allows it.
+    let first = fetches(&out)[0].clone();
+    let out = shell.land(first.0, first.2);
+    assert_eq!(fetches(&out), []);
+    assert_eq!(fetches(&shell.wait()).len(), 1);
+    shell.give(Input::StopFill { object: A });
+}
+
+#[test]
 fn a_blob_of_a_million_chunks_is_served_read_by_read() {
     let count = 1_000_000u32;
     let mut shell = Shell::new(Config::default());

@@ -47,6 +47,9 @@ struct Naive {
 
 impl Naive {
     fn read(&mut self, age: u64, bytes: &Range<u64>) {
+        if bytes.is_empty() {
+            return;
+        }
         for (at, chunk) in self.chunks.iter().enumerate() {
             if chunk.start < bytes.end && bytes.start < end_of(chunk) && !self.ready[at] {
                 self.wanted[at].get_or_insert(age);

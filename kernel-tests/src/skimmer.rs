@@ -91,10 +91,19 @@ impl<'a> Node<'a> {
     /// # Errors
     /// The mount fails: the message holds what skimmer said.
     pub fn mount(&mut self, image: &str, target: &str, mode: &str) -> Result<()> {
+        self.mount_with(image, target, mode, &[])
+    }
+
+    /// Mounts an image with further options of `skimmer mount`.
+    ///
+    /// # Errors
+    /// It fails: the message holds what skimmer said.
+    pub fn mount_with(&mut self, image: &str, target: &str, mode: &str, options: &[&str]) -> Result<()> {
         self.machine.check(&["mkdir", "-p", target], SHORT)?;
         let configuration = format!("{}/skimmerd.toml", self.directory);
         let mut arguments = vec!["mount", image, target, "--mode", mode, "--config", &configuration];
         arguments.extend(self.plain_http.then_some("--plain-http"));
+        arguments.extend(options);
         self.skimmer(&arguments)?;
         self.mounts.push(target.to_owned());
         Ok(())
@@ -108,6 +117,14 @@ impl<'a> Node<'a> {
         self.skimmer(&["umount", target])?;
         self.mounts.retain(|mount| mount != target);
         Ok(())
+    }
+
+    /// What was read and fetched through a mount that was made with `--record`, as `skimmer recording` prints it.
+    ///
+    /// # Errors
+    /// Nothing of ours is mounted there, or it is not recorded.
+    pub fn recording(&self, target: &str) -> Result<Vec<u8>> {
+        self.skimmer(&["recording", target])
     }
 
     /// What `skimmer status --json` says.

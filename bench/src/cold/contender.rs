@@ -16,6 +16,7 @@ use crate::scenario::Scenario;
 pub(super) struct Fresh<'a> {
     world: &'a World,
     mode: String,
+    tag: &'static str,
     node: Node<'a>,
     directory: String,
 }
@@ -62,16 +63,26 @@ pub(super) struct Ours {
     mode: String,
     /// The folder of its programs.
     programs: String,
+    /// Which form of the images it mounts.
+    tag: &'static str,
 }
+
+/// Tag of converted images, and of those optimized by a trace of their program's start.
+pub(super) const PLAIN: &str = "skimmer";
+pub(super) const TRACED: &str = "traced";
 
 impl Ours {
     /// What the name of a contender stands for; nothing when it is not ours.
     pub(super) fn of(world: &World, contender: &str) -> Option<Self> {
         if let Some((_, programs)) = world.variants.iter().find(|(name, _)| name == contender) {
-            return Some(Ours { mode: "fanotify".to_owned(), programs: programs.clone() });
+            return Some(Ours { mode: "fanotify".to_owned(), programs: programs.clone(), tag: PLAIN });
         }
         let mode = contender.strip_prefix("skimmer-")?;
-        Some(Ours { mode: mode.to_owned(), programs: world.programs.clone() })
+        let (mode, tag) = match mode.strip_suffix("-traced") {
+            Some(mode) => (mode, TRACED),
+            None => (mode, PLAIN),
+        };
+        Some(Ours { mode: mode.to_owned(), programs: world.programs.clone(), tag })
     }
 
     /// Why it cannot run on this machine.
@@ -128,17 +139,26 @@ impl<'a> Fresh<'a> {
         let mut node = Node::new(&world.machine, &ours.programs, &agent, &run, &root)?;
         node.plain_http();
         node.start_daemon()?;
-        Ok(Fresh { world, mode: ours.mode.clone(), node, directory })
+        Ok(Fresh { world, mode: ours.mode.clone(), tag: ours.tag, node, directory })
     }
 
     /// Mounts an image; gives the mount point and the time that took.
     pub(super) fn mount(&mut self, far: &Far, image: &Published) -> Result<(String, Duration)> {
         let point = format!("{}/mnt", self.directory);
         self.world.machine.check(&["mkdir", "-p", &point], SHORT)?;
-        let reference = format!("docker://{}/{}:skimmer", far.registry.borrow().address(), image.name);
+        let reference = format!("docker://{}/{}:{}", far.registry.borrow().address(), image.name, self.tag);
         let start = Instant::now();
         self.node.mount(&reference, &point, &self.mode).with_context(|| self.node.log())?;
         Ok((point, start.elapsed()))
+    }
+
+    /// Mounts a layout, runs `work` at the mount point, and gives the exact recording of what that read.
+    pub(super) fn trace(&mut self, layout: &str, work: impl FnOnce(&str) -> Result<()>) -> Result<Vec<u8>> {
+        let point = format!("{}/mnt", self.directory);
+        self.world.machine.check(&["mkdir", "-p", &point], SHORT)?;
+        self.node.mount_with(&format!("oci:{layout}"), &point, &self.mode, &["--record=exact"])?;
+        work(&point)?;
+        self.node.recording(&point)
     }
 
     /// What the daemon and the keeper use.

@@ -115,7 +115,8 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
         Measure::Start | Measure::Everything => {
             ensure!(!images.is_empty(), "`images` is empty");
             for image in images {
-                world.publish(bench, image)?;
+                let traced = machine == "host" && scenario.names().any(|name| name.ends_with("-traced"));
+                world.publish(bench, image, traced)?;
             }
         }
     }

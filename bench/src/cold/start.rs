@@ -117,7 +117,7 @@ fn ours(
 }
 
 /// Starts the program with what a container runtime would give it: devices and a place for temporary files.
-fn start(world: &World, program: &Program, root: &str) -> Result<Duration> {
+pub(super) fn start(world: &World, program: &Program, root: &str) -> Result<Duration> {
     let probe = format!("{}/skimmer-probe", world.programs);
     let mut argv = vec![probe.as_str(), "start", "--root", root, "--expect", program.expect];
     let port = program.ask.map(|(port, _)| port.to_string());

@@ -16,6 +16,7 @@ use skimmer_vm_images::{disk, run};
 use tempfile::TempDir;
 
 use super::LinkSpec;
+use super::contender::{Fresh, Ours, PLAIN, TRACED};
 use crate::contender::{SHORT, guest_programs, text};
 use crate::content;
 use crate::data::SEED;
@@ -99,7 +100,7 @@ impl World {
     }
 
     /// Converts an image of Debian packages and puts both forms into the registry.
-    pub(super) fn publish(&mut self, bench: &Bench, name: &str) -> Result<()> {
+    pub(super) fn publish(&mut self, bench: &Bench, name: &str, traced: bool) -> Result<()> {
         bench.check()?;
         println!("  publishing {name}");
         let program = debian_image::find(name)?;
@@ -114,7 +115,19 @@ impl World {
         let registry = self.local_registry()?;
         let original = format!("docker://{}", registry.reference(&format!("{name}:original")));
         run(Command::new("skopeo").args(["copy", "-q", "--dest-tls-verify=false", &source, &original]))?;
-        push(bench, &registry, &converted, name)?;
+        push(bench, &registry, &converted, &format!("{name}:{PLAIN}"))?;
+        if traced {
+            let ours = Ours::of(self, "skimmer-fanotify").context("a contender of ours")?;
+            let start = |point: &str| super::start::start(self, program, point).map(drop);
+            let recording = Fresh::new(self, &ours)?.trace(&text(&converted)?, start)?;
+            let trace = self.scratch.path().join(format!("{name}.trace"));
+            fs::write(&trace, recording)?;
+            let optimized = self.scratch.path().join(format!("{name}.traced"));
+            let mut optimize = Command::new(bench.program("skimmer"));
+            optimize.args(["optimize", "--quiet", "--trace"]).arg(&trace).arg(&converted).arg(&optimized);
+            run(&mut optimize)?;
+            push(bench, &registry, &optimized, &format!("{name}:{TRACED}"))?;
+        }
         self.images.push(Published {
             name: name.to_owned(),
             program: Some(program),
@@ -137,7 +150,7 @@ impl World {
         run(Command::new(bench.program("skimmer")).args(["convert", "--quiet"]).arg(&tree).arg(&converted))?;
         fs::remove_dir_all(&tree)?;
         let registry = self.local_registry()?;
-        push(bench, &registry, &converted, "file")?;
+        push(bench, &registry, &converted, &format!("file:{PLAIN}"))?;
         self.images.push(Published {
             name: "file".to_owned(),
             program: None,
@@ -200,7 +213,7 @@ impl Far {
 }
 
 fn push(bench: &Bench, registry: &Registry, converted: &std::path::Path, name: &str) -> Result<()> {
-    let reference = registry.reference(&format!("{name}:skimmer"));
+    let reference = registry.reference(name);
     run(Command::new(bench.program("skimmer")).args(["push", "--quiet"]).arg(converted).arg(reference))
         .map(drop)
 }
