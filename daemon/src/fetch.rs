@@ -163,7 +163,7 @@ impl Fetches {
 
 async fn fetch(
     order: Order,
-    share: Share,
+    mut share: Share,
     queue: mpsc::Sender<Fetched>,
     waker: Waker,
     metrics: Metrics,
@@ -177,18 +177,13 @@ async fn fetch(
     let start = Instant::now();
     let mut first_chunk = None;
     let mut opened = None;
-    let Share { before, after, until } = share;
     let result = async {
         let Some(range) = chunk::stored_range(&plan) else { return Ok(()) };
-        let taken = match before {
-            Some(before) => before.await.ok(),
-            None => None,
-        };
-        let body = match taken.filter(|body| body.position() <= range.start) {
+        let body = match share.take_over(range.start).await {
             Some(body) => body,
             None => {
                 metrics.source_requests.inc();
-                let range = range.start..range.end.max(until.min(blob.size));
+                let range = range.start..range.end.max(share.until.min(blob.size));
                 let body = source.read(&blob, range).await?;
                 opened = Some(Instant::now());
                 body
@@ -206,7 +201,7 @@ async fn fetch(
             }
         };
         let hand_over = |body| {
-            if let Some(after) = after {
+            if let Some(after) = share.after.take() {
                 after.give(body);
             }
         };

@@ -55,7 +55,29 @@ pub(crate) struct Share {
     pub(crate) until: u64,
 }
 
+impl Drop for Share {
+    /// A flight that is given up before its turn passes the body on to the one behind it.
+    fn drop(&mut self) {
+        if let (Some(before), Some(after)) = (self.before.take(), self.after.take())
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move {
+                if let Ok(body) = before.await {
+                    after.give(body);
+                }
+            });
+        }
+    }
+}
+
 impl Share {
+    /// The body of the flight before it, when that stands where this one can begin: at most a few bytes are skipped.
+    pub(crate) async fn take_over(&mut self, start: u64) -> Option<Body> {
+        let body = self.before.as_mut()?.await;
+        self.before = None;
+        body.ok().filter(|body| body.position() <= start && start - body.position() <= 2 * SKIP)
+    }
+
     /// A request of its own.
     pub(crate) fn alone(until: u64) -> Self {
         Self { before: None, after: None, until }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use skimmer_client::{AttachMode, Client, ClientError, MountRequest, StartOptions};
+use skimmer_client::{AttachMode, Client, ClientError, MountRequest, PrefetchRequest, Record, StartOptions};
 use skimmer_fetcher::layout::Layout;
 use skimmer_test_support::{scratch_dir, skip_this};
 use tempfile::TempDir;
@@ -369,6 +369,103 @@ async fn a_lie_of_a_source_is_never_shown() {
     let report = client.shutdown(true).await.unwrap();
     assert!(report.keeper_stopped, "{report:?}\n{}", world.log());
     assert!(world.keeper.wait().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_traced_image_brings_its_start_before_it_is_read() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    let mut request = MountRequest::new(&image, world.path("mnt"));
+    request.record = Some(Record::Exact);
+    client.mount(&request).await.unwrap();
+    let files: Vec<PathBuf> = std::fs::read_dir(world.path("tree"))
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.file_type().unwrap().is_file() && entry.metadata().unwrap().len() > 0)
+        .map(|entry| PathBuf::from(entry.file_name()))
+        .take(3)
+        .collect();
+    let read = |mount: &str| {
+        let (from, tree, files) = (world.path(mount), world.path("tree"), files.clone());
+        tokio::task::spawn_blocking(move || {
+            for file in files {
+                assert_eq!(std::fs::read(from.join(&file)).unwrap(), std::fs::read(tree.join(&file)).unwrap());
+            }
+        })
+    };
+    read("mnt").await.unwrap();
+    let trace = client.recording(world.path("mnt")).await.unwrap();
+    assert!(!trace.reads.is_empty() && !trace.fetches.is_empty() && !trace.cut, "{trace:?}");
+    assert!(trace.fetches.iter().all(|fetch| fetch.demand), "exactly what was read: {trace:?}");
+    client.umount(world.path("mnt"), false).await.unwrap();
+    // What is cached would be read unseen.
+    let refused = client.mount(&request).await;
+    let Err(ClientError::Api { status: 409, .. }) = refused else { panic!("{refused:?}") };
+
+    let layout = Layout::open(world.path("img")).unwrap();
+    let reference = skimmer_fetcher::Reference::parse_source(&image).unwrap();
+    let remote = skimmer_fetcher::image::open(&reference, &Default::default()).await.unwrap();
+    let touches: Vec<skimmer_mkfs::Touch> = trace
+        .reads
+        .iter()
+        .map(|read| {
+            let id: skimmer_daemon::blob::BlobId = trace.blobs[read.blob].parse().unwrap();
+            skimmer_mkfs::Touch { blob: *id.bytes(), offset: read.offset, length: read.length }
+        })
+        .collect();
+    let from = skimmer_mkfs::Converted {
+        name: "img",
+        layout: &layout,
+        blobs: &remote.blobs,
+        bootstrap: &remote.bootstrap,
+        config: &remote.config,
+        annotations: None,
+    };
+    let output = Layout::create(world.path("traced")).unwrap();
+    let optimized = skimmer_mkfs::optimize(&from, &touches, &output, &Default::default()).unwrap();
+
+    let traced = format!("oci:{}", world.path("traced").display());
+    let mut request = MountRequest::new(&traced, world.path("mnt2"));
+    request.record = Some(Record::Events);
+    client.mount(&request).await.unwrap();
+    for _ in 0..1500 {
+        let status = client.status().await.unwrap();
+        let start = status.blobs.iter().find(|blob| blob.id == optimized.start_blob).unwrap();
+        if start.ready_bytes == start.referenced_bytes {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let before = client.recording(world.path("mnt2")).await.unwrap();
+    assert!(before.fetches.iter().any(|fetch| before.blobs[fetch.blob] == optimized.start_blob), "{before:?}");
+    read("mnt2").await.unwrap();
+    let after = client.recording(world.path("mnt2")).await.unwrap();
+    assert_eq!(after.fetches.len(), before.fetches.len(), "all that was read had come");
+
+    let mut ahead = PrefetchRequest {
+        target: world.path("mnt2"),
+        paths: vec!["/no/such/file".into()],
+        background: false,
+        wait: true,
+    };
+    let refused = client.prefetch(&ahead).await;
+    let Err(ClientError::Api { error, status: 404 }) = refused else { panic!("{refused:?}") };
+    assert!(error.error.contains("/no/such/file"), "{error}");
+    ahead.paths = vec!["/deep".into()];
+    let some = client.prefetch(&ahead).await.unwrap();
+    ahead.paths = Vec::new();
+    ahead.background = true;
+    let all = client.prefetch(&ahead).await.unwrap();
+    assert!(all.bytes > some.bytes && all.missing_bytes == 0, "{some:?} {all:?}");
+    until_ready(&client).await;
+    world.assert_same("mnt2");
+    ahead.target = world.path("mnt");
+    assert!(matches!(client.prefetch(&ahead).await, Err(ClientError::Api { status: 404, .. })));
+    assert!(matches!(client.recording(world.path("mnt")).await, Err(ClientError::Api { status: 404, .. })));
+    client.umount(world.path("mnt2"), false).await.unwrap();
+    world.assert_all_gone(&client).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

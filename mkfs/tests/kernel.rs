@@ -13,13 +13,21 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Converted, Entry, Packing, Tar, convert_input, convert_layers, noise};
+use common::{
+    Converted, Entry, Packing, Tar, bootstrap_at, convert_input, convert_layers, manifest_at, noise,
+};
+use erofs_format::Image;
+use erofs_format::blob_table::BlobFeatures;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
     fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
 };
-use skimmer_mkfs::{Compression, Digest, Input, Options, device};
+use skimmer_fetcher::BlobRef;
+use skimmer_fetcher::digest::Digest as BlobDigest;
+use skimmer_fetcher::layout::Layout;
+use skimmer_fetcher::oci;
+use skimmer_mkfs::{Compression, Digest, Input, Options, Touch, device, optimize};
 use skimmer_test_support::skip_this;
 
 fn is_root() -> bool {
@@ -333,6 +341,96 @@ fn a_directory_with_everything_mounts_as_it_is() {
 }
 
 #[test]
+fn an_optimized_image_mounts_as_the_one_it_came_from() {
+    if let Some(why) = cannot_judge() {
+        return skip_this(&why);
+    }
+    for compression in [Compression::Zstd { level: 3 }, Compression::None] {
+        let source = tempfile::tempdir().unwrap();
+        everything(source.path(), 50 << 20);
+        let mut options = Options::default();
+        (options.compression, options.chunk_size) = (compression, 1 << 16);
+        let made = convert_input(Input::Directory(source.path().to_owned()), &options).unwrap();
+        let image = made.image();
+        let blobs: Vec<BlobRef> = made
+            .report
+            .blobs
+            .iter()
+            .map(|blob| BlobRef { digest: blob.id.parse_hex(), size: blob.stored_bytes })
+            .collect();
+        let map = image.chunk_map(0).unwrap();
+        let touch = |at: usize| {
+            let chunk = &map[at];
+            let length = u64::from(chunk.uncompressed_size);
+            Touch { blob: image.blobs()[0].id.0, offset: chunk.uncompressed_offset, length }
+        };
+        // From the end to the start, one twice, one of another image, one over the edge of two chunks.
+        let mut trace: Vec<Touch> = (0..map.len()).step_by(7).rev().map(touch).collect();
+        trace.push(trace[0]);
+        trace.push(Touch { blob: [7; 32], offset: 0, length: 1 });
+        let edge = map.windows(2).find(|pair| pair[0].uncompressed_size == 1 << 16).unwrap();
+        let offset = edge[1].uncompressed_offset - 1;
+        trace.push(Touch { blob: image.blobs()[0].id.0, offset, length: 2 });
+        let manifest = manifest_at(&made.layout, &made.report.manifest);
+        let config = made.layout.read_blob(&oci::blob_ref(manifest.config()).unwrap(), 1 << 20).unwrap();
+        let from = skimmer_mkfs::Converted {
+            name: "made",
+            layout: &made.layout,
+            blobs: &blobs,
+            bootstrap: &made.bootstrap,
+            config: &config,
+            annotations: None,
+        };
+        let output = Layout::create(made.dir.path().join("optimized")).unwrap();
+        let optimized = optimize(&from, &trace, &output, &Options::default()).unwrap();
+        let again = optimize(&from, &trace, &output, &Options::default()).unwrap();
+        assert_eq!(optimized.manifest, again.manifest, "the same trace gives the same image");
+        assert_eq!(optimized.strange_reads, 1);
+        assert!(optimized.chunks >= map.len() / 7 && optimized.chunks <= map.len() / 7 + 3);
+
+        let bootstrap = bootstrap_at(&output, &optimized.manifest, &optimized.bootstrap);
+        let image = Image::parse(&bootstrap).unwrap();
+        assert_eq!(image.check().unwrap().wrong_link_counts, 0);
+        let start = image.blobs().last().unwrap();
+        assert_eq!(start.id.to_string(), optimized.start_blob);
+        assert!(start.features.contains(BlobFeatures::SEPARATED_PREFETCH_FILES));
+        let first = image.chunk_map(start.index).unwrap()[0];
+        assert_eq!(first.digest, map[(map.len() - 1) / 7 * 7].digest, "in the order of the trace");
+        let path = made.dir.path().join("optimized-bootstrap");
+        fs::write(&path, &bootstrap).unwrap();
+        let devices: Vec<PathBuf> = (0..image.blobs().len())
+            .map(|index| {
+                let blob = &image.blobs()[index];
+                let path = made.dir.path().join(format!("optimized-{index}"));
+                let mut file = fs::File::create(&path).unwrap();
+                file.set_len(blob.uncompressed_size).unwrap();
+                let reference =
+                    BlobRef { digest: blob.id.to_string().parse_hex(), size: blob.compressed_size };
+                let mut stored = output.open_blob(&reference).unwrap();
+                device::expand_blob(&image, index, &mut stored, &mut file).unwrap();
+                path
+            })
+            .collect();
+        let mounted = mount(made.dir.path(), &path, &devices).unwrap();
+        compare(source.path(), &mounted.0);
+        drop(mounted);
+
+        let nothing = optimize(&from, &[Touch { blob: [7; 32], offset: 0, length: 1 }], &output, &options);
+        assert!(nothing.unwrap_err().to_string().contains("trace"));
+    }
+}
+
+trait ParseHex {
+    fn parse_hex(&self) -> BlobDigest;
+}
+
+impl ParseHex for String {
+    fn parse_hex(&self) -> BlobDigest {
+        BlobDigest::from_hex(self).unwrap()
+    }
+}
+
+#[test]
 fn layers_mount_as_gnu_tar_unpacks_them() {
     if let Some(why) = cannot_judge() {
         return skip_this(&why);
@@ -421,7 +519,7 @@ fn bad_directories_are_refused() {
     fs::write(source.path().join("file"), b"content").unwrap();
     let inside = source.path().join("sub/out");
     fs::create_dir_all(source.path().join("sub")).unwrap();
-    let layout = skimmer_fetcher::layout::Layout::create(&inside).unwrap();
+    let layout = Layout::create(&inside).unwrap();
     let input = Input::Directory(source.path().to_owned());
     let error = skimmer_mkfs::convert(input, &layout, &Options::default(), &()).unwrap_err().to_string();
     assert!(error.contains("sub/out") && error.contains("inside"), "{error}");

@@ -92,7 +92,9 @@ impl Engine {
         let limits = Limits { span: self.config.max_request, gap };
         let least = if self.config.fill_bandwidth == 0 && self.config.fill_rate == 0 { priority.max(Priority::Prefetch) } else { Priority::Prefetch };
         // A run that failed, or fails, has a request of its own.
-        let until = match tries == Tries::FIRST {
+        // Nor does a reader take over what a request under way will bring.
+        let goes_on = tries == Tries::FIRST && (priority != Priority::Demand || object.chained == 0);
+        let until = match goes_on {
             true => object.plan.goes_on(&chunks, least, &object.chunks, &object.ready, limits),
             false => chunks.end,
         };

@@ -237,7 +237,11 @@ pub fn convert_layers(layers: &[(Vec<u8>, Packing)], options: &Options) -> Resul
 }
 
 pub fn manifest_of(layout: &Layout, report: &Report) -> ImageManifest {
-    let descriptor = layout.resolve(Some(&report.manifest)).unwrap();
+    manifest_at(layout, &report.manifest)
+}
+
+pub fn manifest_at(layout: &Layout, digest: &str) -> ImageManifest {
+    let descriptor = layout.resolve(Some(digest)).unwrap();
     match layout.document(&descriptor).unwrap() {
         Document::Manifest(manifest) => ImageManifest::clone(&manifest),
         Document::Index(_) => panic!("a manifest was expected"),
@@ -246,7 +250,11 @@ pub fn manifest_of(layout: &Layout, report: &Report) -> ImageManifest {
 
 /// The bootstrap out of the last layer, found as any reader would find it.
 pub fn bootstrap_of(layout: &Layout, report: &Report) -> Vec<u8> {
-    let manifest = manifest_of(layout, report);
+    bootstrap_at(layout, &report.manifest, &report.bootstrap)
+}
+
+pub fn bootstrap_at(layout: &Layout, manifest: &str, bootstrap: &str) -> Vec<u8> {
+    let manifest = manifest_at(layout, manifest);
     assert!(oci::is_converted(&manifest));
     let layer = oci::blob_ref(manifest.layers().last().unwrap()).unwrap();
     let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(layout.open_blob(&layer).unwrap()));
@@ -255,7 +263,7 @@ pub fn bootstrap_of(layout: &Layout, report: &Report) -> Vec<u8> {
         if entry.path().unwrap() == Path::new(oci::BOOTSTRAP_PATH) {
             let mut bytes = Vec::new();
             entry.read_to_end(&mut bytes).unwrap();
-            assert_eq!(Digest::of(&bytes).hex(), report.bootstrap);
+            assert_eq!(Digest::of(&bytes).hex(), bootstrap);
             return bytes;
         }
     }
