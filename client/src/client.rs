@@ -8,7 +8,8 @@ use reqwest::{Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 
 use crate::types::{
-    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery,
+    ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
 };
 
 /// The host part of the request URLs; a unix socket has none, HTTP wants one.

@@ -16,7 +16,11 @@ mod types;
 
 pub use client::{Client, ClientError};
 pub use start::StartOptions;
-pub use types::{ApiError, AttachMode, BlobReport, Credentials, KeeperReport, ModeReport, Mount, MountRequest, PrefetchReport, PrefetchRequest, Record, RecordedFetch, RecordedRead, Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery};
+pub use types::{
+    ApiError, AttachMode, BlobReport, Credentials, KeeperReport, ModeReport, Mount, MountRequest,
+    PrefetchReport, PrefetchRequest, Record, RecordedFetch, RecordedRead, Recording, RecordingQuery,
+    ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+};
 
 /// Where `skimmerd` listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/skimmer/skimmerd.sock";

@@ -43,7 +43,12 @@ pub(crate) struct Outcome {
 
 impl Outcome {
     fn failed(class: FailureClass, retry_after: Option<Duration>, message: String) -> Self {
-        Self { result: Err(Failure { class, retry_after }), message: Some(message), measured: None, opened: true }
+        Self {
+            result: Err(Failure { class, retry_after }),
+            message: Some(message),
+            measured: None,
+            opened: true,
+        }
     }
 }
 

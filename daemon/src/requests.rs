@@ -151,5 +151,6 @@ fn stored_range(chunks: &[(u32, ChunkSpec, Slab)]) -> Option<std::ops::Range<u64
     let ends = chunks.iter().map(|(_, spec, _)| {
         (spec.stored_offset, spec.stored_offset.saturating_add(u64::from(spec.stored_len)))
     });
-    ends.reduce(|(start, end), (other, last)| (start.min(other), end.max(last))).map(|(start, end)| start..end)
+    ends.reduce(|(start, end), (other, last)| (start.min(other), end.max(last)))
+        .map(|(start, end)| start..end)
 }

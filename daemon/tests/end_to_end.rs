@@ -391,7 +391,10 @@ async fn a_traced_image_brings_its_start_before_it_is_read() {
         let (from, tree, files) = (world.path(mount), world.path("tree"), files.clone());
         tokio::task::spawn_blocking(move || {
             for file in files {
-                assert_eq!(std::fs::read(from.join(&file)).unwrap(), std::fs::read(tree.join(&file)).unwrap());
+                assert_eq!(
+                    std::fs::read(from.join(&file)).unwrap(),
+                    std::fs::read(tree.join(&file)).unwrap()
+                );
             }
         })
     };
@@ -439,7 +442,10 @@ async fn a_traced_image_brings_its_start_before_it_is_read() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let before = client.recording(world.path("mnt2")).await.unwrap();
-    assert!(before.fetches.iter().any(|fetch| before.blobs[fetch.blob] == optimized.start_blob), "{before:?}");
+    assert!(
+        before.fetches.iter().any(|fetch| before.blobs[fetch.blob] == optimized.start_blob),
+        "{before:?}"
+    );
     read("mnt2").await.unwrap();
     let after = client.recording(world.path("mnt2")).await.unwrap();
     assert_eq!(after.fetches.len(), before.fetches.len(), "all that was read had come");

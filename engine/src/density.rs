@@ -9,7 +9,7 @@ use core::ops::Range;
 use crate::chunk::Chunk;
 
 /// Blocks this many times the largest window are looked at, to learn that all of an object is being read.
-const FARTHER: u64 = 4;
+const FARTHER: u64 = 64;
 
 /// Device bytes to complete around `at`; `taken` counts the chunks of a run that are ready or on their way.
 pub(crate) fn around(
@@ -19,9 +19,8 @@ pub(crate) fn around(
     least: u64,
     most: u64,
 ) -> Option<Range<u64>> {
-    let first = |byte: u64| {
-        u32::try_from(map.partition_point(|chunk| chunk.start < byte)).unwrap_or(u32::MAX)
-    };
+    let first =
+        |byte: u64| u32::try_from(map.partition_point(|chunk| chunk.start < byte)).unwrap_or(u32::MAX);
     let mut best = None;
     let mut size = least.max(1).checked_next_power_of_two()?;
     while let Some(larger) = size.checked_mul(2).filter(|size| *size <= most.saturating_mul(FARTHER)) {
@@ -89,7 +88,10 @@ mod tests {
     #[test]
     fn a_lonely_miss_brings_nothing() {
         let map = map(4096, 64 * KIB);
-        assert_eq!(around(&map, |run| u32::from(run.contains(&77)), 77 * 64 * KIB, 128 * KIB, 16 * MIB), None);
+        assert_eq!(
+            around(&map, |run| u32::from(run.contains(&77)), 77 * 64 * KIB, 128 * KIB, 16 * MIB),
+            None
+        );
         let near = |run: &Range<u32>| run.end.min(80).saturating_sub(run.start.max(64));
         let block = around(&map, near, 77 * 64 * KIB, 128 * KIB, 16 * MIB);
         assert_eq!(block, Some(4 * MIB..5 * MIB));

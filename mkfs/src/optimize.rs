@@ -97,8 +97,9 @@ pub fn optimize(
     options.chunk_size = image.chunk_size();
     take_algorithms(&image, &mut options).map_err(&bad)?;
 
-    let maps: Vec<Vec<ChunkInfo>> =
-        (0..image.blobs().len()).map(|slot| image.chunk_map(slot).map_err(damaged)).collect::<Result<_, _>>()?;
+    let maps: Vec<Vec<ChunkInfo>> = (0..image.blobs().len())
+        .map(|slot| image.chunk_map(slot).map_err(damaged))
+        .collect::<Result<_, _>>()?;
     let (wanted, read_bytes, strange_reads) = first_touches(&image, &maps, trace);
     if wanted.is_empty() {
         let reason = "no read of the trace is of its blobs: was it recorded with this very image?";
@@ -144,8 +145,7 @@ pub fn optimize(
     let bytes = bootstrap::write(&tree, &plan, &packed, &blobs, &options)?;
     let used: HashSet<usize> = plan.blobs.iter().map(|blob| blob.number).collect();
     let (config, layer_has_blob) = history(source, image.blobs().len(), &used).map_err(&bad)?;
-    let original =
-        SourceImage { annotations: source.annotations.clone(), config, layers: Vec::new() };
+    let original = SourceImage { annotations: source.annotations.clone(), config, layers: Vec::new() };
     let parts = Parts { source: Some(&original), blobs: &blobs, layer_has_blob: &layer_has_blob };
     let manifest = package(output, &bytes, &parts, &options)?;
     Ok(Optimized {
@@ -179,7 +179,9 @@ fn take_algorithms(image: &Image<'_>, options: &mut Options) -> Result<(), Strin
         Compressor::None => Compression::None,
         // The level says nothing about what is stored already.
         Compressor::Zstd => Compression::Zstd { level: 3 },
-        other => return Err(format!("its chunks are compressed with {other}, which this builder does not write")),
+        other => {
+            return Err(format!("its chunks are compressed with {other}, which this builder does not write"));
+        }
     };
     options.digest = match first.digest {
         DigestAlgo::Blake3 => crate::Digest::Blake3,
@@ -280,15 +282,17 @@ impl<'s> BlobFiles<'s> {
         output: &Layout,
     ) -> Result<(BlobRef, Vec<StoredChunk>), MkfsError> {
         let reference = self.reference(blob)?;
-        let wrong = |error: FormatError| {
-            MkfsError::Device { blob: blob.id.to_string(), reason: format!("compression info: {error}") }
+        let wrong = |error: FormatError| MkfsError::Device {
+            blob: blob.id.to_string(),
+            reason: format!("compression info: {error}"),
         };
         let ci_len = usize::try_from(blob.ci_compressed_size).unwrap_or(usize::MAX);
         let array = self.read(blob, blob.ci_offset, ci_len)?;
         let header_len = usize::try_from(HEADER_SIZE).unwrap_or(usize::MAX);
         let header = self.read(blob, blob.ci_offset + blob.ci_compressed_size, header_len)?;
-        let header = CiHeader::read_from_bytes(&header).map_err(|_| {
-            MkfsError::Device { blob: blob.id.to_string(), reason: "its last bytes are no header".to_owned() }
+        let header = CiHeader::read_from_bytes(&header).map_err(|_| MkfsError::Device {
+            blob: blob.id.to_string(),
+            reason: "its last bytes are no header".to_owned(),
         })?;
         header.check(blob).map_err(wrong)?;
         let array = CiArray::decode(&array, &header, blob).map_err(wrong)?;
@@ -376,8 +380,10 @@ fn read_tree(
                         let mut chunks = Vec::new();
                         for chunk in inode.chunks() {
                             let chunk = chunk?;
-                            let stays =
-                                ChunkRef { blob: u32::try_from(chunk.blob).unwrap_or(u32::MAX), index: chunk.index };
+                            let stays = ChunkRef {
+                                blob: u32::try_from(chunk.blob).unwrap_or(u32::MAX),
+                                index: chunk.index,
+                            };
                             chunks.push(moved.get(&(chunk.blob, chunk.index)).copied().unwrap_or(stays));
                         }
                         files.push(chunks);

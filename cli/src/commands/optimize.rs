@@ -132,7 +132,10 @@ fn print(result: &Optimized, options: &Options, global: &Global) -> Result<()> {
         output::bytes(result.read_bytes)
     ))?;
     if result.strange_reads > 0 {
-        output::line(&format!("  left out    {} reads of blobs that the image does not have", result.strange_reads))?;
+        output::line(&format!(
+            "  left out    {} reads of blobs that the image does not have",
+            result.strange_reads
+        ))?;
     }
     output::line(&format!("  took        {:.1} s", result.elapsed_seconds))
 }

@@ -28,12 +28,8 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     let target = options.target.canonicalize();
     let target = target.with_context(|| format!("no such directory: {}", options.target.display()))?;
     let client = options.daemon.connect().await?;
-    let mut request = PrefetchRequest {
-        target,
-        paths: options.paths,
-        background: options.background,
-        wait: false,
-    };
+    let mut request =
+        PrefetchRequest { target, paths: options.paths, background: options.background, wait: false };
     let mut report = client.prefetch(&request).await?;
     if options.wait {
         let bar = output::progress(global, "fetching");
@@ -53,7 +49,8 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     }
     if !global.quiet {
         let (bytes, missing) = (output::bytes(report.bytes), output::bytes(report.missing_bytes));
-        let rest = if report.missing_bytes == 0 { "all cached".to_owned() } else { format!("{missing} to come") };
+        let rest =
+            if report.missing_bytes == 0 { "all cached".to_owned() } else { format!("{missing} to come") };
         output::line(&format!("{} files, {bytes}: {rest}", report.files))?;
     }
     Ok(())

@@ -111,7 +111,8 @@ pub(crate) fn report(options: &Report, global: &Global) -> Result<()> {
     let recording = load(&options.recording)?;
     let path = options.output.clone().unwrap_or_else(|| options.recording.with_extension("html"));
     let summary = summary(&recording);
-    fs::write(&path, page(&recording, &summary)).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::write(&path, page(&recording, &summary))
+        .with_context(|| format!("cannot write {}", path.display()))?;
     if global.json {
         return output::json(&summary);
     }
@@ -152,7 +153,10 @@ fn page(recording: &Recording, summary: &Summary) -> String {
     for (name, value) in [
         ("attach mode", summary.mode.clone()),
         ("time covered", format!("{:.3} s", summary.seconds)),
-        ("reads that came to skimmerd", format!("{} of {}", summary.reads, output::bytes(summary.read_bytes))),
+        (
+            "reads that came to skimmerd",
+            format!("{} of {}", summary.reads, output::bytes(summary.read_bytes)),
+        ),
         ("some read waited", format!("{:.3} s", summary.waited_seconds)),
         ("longest wait", format!("{:.3} s", summary.longest_wait_seconds)),
         ("reads failed", summary.failed_reads.to_string()),
@@ -245,7 +249,8 @@ mod tests {
 
     #[test]
     fn a_page_is_whole_and_escapes_names() {
-        let read = |at_us, took_us| RecordedRead { at_us, blob: 0, offset: 0, length: 4096, took_us, failed: false };
+        let read =
+            |at_us, took_us| RecordedRead { at_us, blob: 0, offset: 0, length: 4096, took_us, failed: false };
         let recording = Recording {
             version: 1,
             image: "<b>".into(),

@@ -7,7 +7,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use skimmer_client::{
-    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery,
+    ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
 };
 
 use super::{Api, Stop};

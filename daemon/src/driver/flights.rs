@@ -112,8 +112,7 @@ impl Driver {
             };
             self.metrics.stage(Stage::wait, since.elapsed());
             let last = state.chunks(&(until.saturating_sub(1)..*until)).first().map(|chunk| chunk.spec);
-            let until =
-                last.map_or(0, |last| last.stored_offset.saturating_add(u64::from(last.stored_len)));
+            let until = last.map_or(0, |last| last.stored_offset.saturating_add(u64::from(last.stored_len)));
             let blob = blob.reference();
             let order =
                 Order { flight: *flight, blob, source, shares: *attempt == 1, until, chunks: buffers };
@@ -179,8 +178,8 @@ impl Driver {
         }
         let chunks = object.chunks(&flight.chunks);
         let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return };
-        let stored = first.spec.stored_offset
-            ..last.spec.stored_offset.saturating_add(u64::from(last.spec.stored_len));
+        let stored =
+            first.spec.stored_offset..last.spec.stored_offset.saturating_add(u64::from(last.spec.stored_len));
         let (blob, device) = (object.blob, first.start..last.padded_end());
         self.recordings.fetch(blob, device, stored, flight.since, (flight.demand, opened, failed));
     }

@@ -56,7 +56,8 @@ impl Mounts {
         }
         if let Some(index) = shareable(&state, &opened.image.bootstrap, wanted) {
             if request.record.is_some() {
-                let message = format!("{} is mounted already: a recording begins with the first mount", request.image);
+                let message =
+                    format!("{} is mounted already: a recording begins with the first mount", request.image);
                 return Err(Failure::new(Kind::Conflict, message).remedy("unmount it first"));
             }
             let record = state.attachments[index].record.clone();
@@ -398,7 +399,9 @@ impl Mounts {
             let shared = self.state.lock().await.users(probe.blob) > 1;
             if shared {
                 reads.spawn(async move {
-                    tokio::task::spawn_blocking(move || probe::read(&mount, &probe)).await.map_err(|e| e.to_string())?
+                    tokio::task::spawn_blocking(move || probe::read(&mount, &probe))
+                        .await
+                        .map_err(|e| e.to_string())?
                 });
             } else {
                 let (blob, driver) = (probe.blob, self.driver.clone());

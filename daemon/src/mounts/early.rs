@@ -53,12 +53,7 @@ impl Early {
     }
 
     /// The data of a file, or of all files below a directory.
-    fn add(
-        &mut self,
-        image: &Image<'_>,
-        specs: &[BlobSpec],
-        inode: Inode<'_>,
-    ) -> Result<(), FormatError> {
+    fn add(&mut self, image: &Image<'_>, specs: &[BlobSpec], inode: Inode<'_>) -> Result<(), FormatError> {
         // The image was checked when it was opened: directories form a tree.
         let mut todo = vec![inode];
         while let Some(inode) = todo.pop() {

@@ -47,14 +47,16 @@ impl Mounts {
         for spec in &opened.specs {
             let users = state.attachments.iter().filter(|attachment| attachment.has(spec.id));
             if users.count() > 1 {
-                let message = format!("blob {} is in use by another mount, whose reads would be recorded too", spec.id);
+                let message =
+                    format!("blob {} is in use by another mount, whose reads would be recorded too", spec.id);
                 return Err(Failure::new(Kind::Conflict, message).remedy("unmount that one first"));
             }
             let ready = self.journal.recorded(mode, spec.id).await.unwrap_or_default();
             cached += spec.ready_bytes(&ready);
         }
         if cached > 0 {
-            let message = format!("{cached} bytes of the image are cached: the kernel reads those without being seen");
+            let message =
+                format!("{cached} bytes of the image are cached: the kernel reads those without being seen");
             let remedy = "record with an empty cache, for instance with another `root` in the configuration";
             return Err(Failure::new(Kind::Conflict, message).remedy(remedy));
         }

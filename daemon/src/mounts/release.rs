@@ -21,9 +21,7 @@ impl Mounts {
         let real = target.canonicalize().unwrap_or_else(|_| target.into());
         let mut state = self.state.lock().await;
         self.sweep(&mut state).await;
-        let (index, place) = find(&state, &real).ok_or_else(|| {
-            Failure::not_mounted(target)
-        })?;
+        let (index, place) = find(&state, &real).ok_or_else(|| Failure::not_mounted(target))?;
         let mount = self.umount_one(&mut state, index, place, detach).await?;
         self.release(&mut state).await?;
         Ok(mount)

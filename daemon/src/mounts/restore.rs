@@ -122,7 +122,14 @@ impl Mounts {
         }
         tracing::info!(bootstrap = %record.bootstrap, mode = %record.mode, mounts = record.mounts.len(), "picked up");
         let record = record.clone();
-        state.attachments.push(Attachment { record, image, specs, rising: None, recorder: None, fault: None });
+        state.attachments.push(Attachment {
+            record,
+            image,
+            specs,
+            rising: None,
+            recorder: None,
+            fault: None,
+        });
         Ok(())
     }
 

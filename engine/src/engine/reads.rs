@@ -52,7 +52,10 @@ impl Engine {
         let chunks = object.chunks_of(&bytes);
         read.chunks = chunks.clone();
         read.missing = object.ready.missing(chunks.clone());
-        let (missing, advice) = (read.missing, if object.exact { Advice::default() } else { object.windows.on_read(&bytes, &self.config) });
+        let (missing, advice) = (
+            read.missing,
+            if object.exact { Advice::default() } else { object.windows.on_read(&bytes, &self.config) },
+        );
         let mut fresh = false;
         if missing > 0 {
             object.waiters.add(id, &chunks);

@@ -90,7 +90,11 @@ impl Engine {
         self.next_flight += 1;
         let gap = object.link.gap(&self.config);
         let limits = Limits { span: self.config.max_request, gap };
-        let least = if self.config.fill_bandwidth == 0 && self.config.fill_rate == 0 { priority.max(Priority::Prefetch) } else { Priority::Prefetch };
+        let least = if self.config.fill_bandwidth == 0 && self.config.fill_rate == 0 {
+            priority.max(Priority::Prefetch)
+        } else {
+            Priority::Prefetch
+        };
         // A run that failed, or fails, has a request of its own.
         // Nor does a reader take over what a request under way will bring.
         let goes_on = tries == Tries::FIRST && (priority != Priority::Demand || object.chained == 0);
