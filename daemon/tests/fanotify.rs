@@ -554,14 +554,18 @@ fn odd_accesses() {
 #[test]
 fn prefetch_fills_without_a_reader() {
     let Some(machine) = Machine::new() else { return };
-    let made = blob(38, 30, 60_000);
-    let rig = machine.rig(hasty());
-    rig.add(&made, ReadyBits::new(), vec![Memory::new("memory", &made)]);
+    let made = blob(38, 300, 60_000);
+    let rig = machine.rig(DriverConfig { engine: skimmer_engine::Config::default(), ..hasty() });
+    let source = Memory::new("memory", &made);
+    rig.add(&made, ReadyBits::new(), vec![source.clone()]);
     let (path, writer) = machine.file(&made);
     rig.wait(rig.handle.watch(made.id(), writer.into())).unwrap();
     rig.wait(rig.handle.prefetch(made.id(), 0..made.spec.device_bytes, false)).unwrap();
     rig.until("complete", || rig.sink.has(&Said::Complete(Mode::Fanotify, made.id())));
     assert_eq!(rig.metric(REQUESTS), 0.0);
+    // Many flights, one request.
+    assert!(made.spec.device_bytes > 4 << 20, "{}", made.spec.device_bytes);
+    assert_eq!(source.requests(), 1);
     rig.wait(rig.handle.unwatch(made.id())).unwrap();
     assert!(std::fs::read(&path).unwrap() == made.device);
     rig.stop();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::error::Error as _;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{HeaderMap, RETRY_AFTER};
@@ -13,7 +13,7 @@ use url::Url;
 use crate::source::{ErrorClass, SourceError};
 
 /// How long a request may make no progress. There is no limit on a whole transfer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timeouts {
     /// For the connection and its TLS handshake.
     pub connect: Duration,
@@ -39,7 +39,7 @@ impl Timeouts {
 }
 
 /// How to reach hosts.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct HttpOptions {
     /// Time limits.
     pub timeouts: Timeouts,
@@ -123,6 +123,26 @@ pub(crate) enum Use {
     Documents,
     /// Blobs: HTTP/1.1, one connection for each stream, so that no stream shares another's window.
     Blobs,
+}
+
+/// HTTP clients shared by the registries that are reached in the same way, with their connections. A TLS set-up and a
+/// connection pool of its own for each image would cost a daemon with hundreds of them dearly.
+#[derive(Clone, Debug, Default)]
+pub struct Pool {
+    clients: Arc<Mutex<HashMap<HttpOptions, Weak<Clients>>>>,
+}
+
+impl Pool {
+    pub(crate) fn clients(&self, options: &HttpOptions) -> Arc<Clients> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = clients.get(options).and_then(Weak::upgrade) {
+            return known;
+        }
+        clients.retain(|_, known| known.strong_count() > 0);
+        let made = Arc::new(Clients::new(options.clone()));
+        clients.insert(options.clone(), Arc::downgrade(&made));
+        made
+    }
 }
 
 /// Clients made on first use and then kept, with their connections.

@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use skimmer_client::{AttachMode, BlobReport, KeeperReport, ModeReport, Mount, MountRequest, StatusReport};
+use skimmer_fetcher::http::Pool;
 use tokio::sync::Mutex;
 
 use crate::blob::{BlobId, BlobSpec};
@@ -85,6 +86,8 @@ pub struct Mounts {
     secrets: StdMutex<Secrets>,
     /// Held through every change, never while an image's source is waited for.
     state: Mutex<State>,
+    /// HTTP clients of all images' sources.
+    pool: Pool,
     /// One mount at a time of the same image: the second is a clone of the first.
     turns: Turns,
     /// One superblock is made at a time, so that its name among all can be told.
@@ -204,6 +207,7 @@ impl Mounts {
             started: Instant::now(),
             secrets: StdMutex::new(parts.secrets),
             state: Mutex::default(),
+            pool: Pool::default(),
             turns: Turns::default(),
             raising: Mutex::default(),
             view: StdMutex::default(),

@@ -156,6 +156,7 @@ impl Mounts {
                 https: Vec::new(),
                 extra_ca: config.ca.iter().map(PathBuf::as_path).chain(ca).map(Path::to_owned).collect(),
             },
+            pool: self.pool.clone(),
             ..RegistryOptions::default()
         };
         if let (Some(login), Reference::Registry(name)) = (login, reference) {

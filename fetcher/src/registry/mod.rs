@@ -19,7 +19,7 @@ use self::auth::{Access, Auth};
 use self::redirect::Targets;
 use crate::credentials::Credentials;
 use crate::digest::Digest;
-use crate::http::{self, Clients, HttpOptions, Use};
+use crate::http::{self, Clients, HttpOptions, Pool, Use};
 use crate::reference::RegistryRef;
 use crate::source::{ErrorClass, SourceError};
 
@@ -32,13 +32,20 @@ pub struct RegistryOptions {
     pub credentials: Credentials,
     /// Time limits, plain HTTP, certificate authorities.
     pub http: HttpOptions,
+    /// Where clients for these are shared.
+    pub pool: Pool,
     /// Blobs larger than this are uploaded in pieces of this many bytes.
     pub upload_piece: u64,
 }
 
 impl Default for RegistryOptions {
     fn default() -> Self {
-        Self { credentials: Credentials::default(), http: HttpOptions::default(), upload_piece: 64 << 20 }
+        Self {
+            credentials: Credentials::default(),
+            http: HttpOptions::default(),
+            pool: Pool::default(),
+            upload_piece: 64 << 20,
+        }
     }
 }
 
@@ -99,7 +106,7 @@ impl Registry {
                 format!("no URL can be made of it: {error}"),
             )
         })?;
-        let clients = Arc::new(Clients::new(options.http.clone()));
+        let clients = options.pool.clients(&options.http);
         let auth = Auth::new(&name, host, repository, options.credentials.clone(), Arc::clone(&clients));
         Ok(Self {
             inner: Arc::new(Inner {
