@@ -135,7 +135,11 @@ fn input(u: &mut Unstructured<'_>, world: &World) -> Result<(Time, Input)> {
             Input::Read { read, object, offset: offset(u)?, len }
         }
         13 => Input::CancelRead { read: ReadId(u.int_in_range(0..=15)?) },
-        14..=15 => Input::Prefetch { object, range: offset(u)?..offset(u)?, background: u.arbitrary()? },
+        14..=15 => {
+            let range = offset(u)?..offset(u)?;
+            let background = (range.start ^ range.end) & 4096 != 0;
+            Input::Prefetch { object, range, background }
+        }
         16..=22 => {
             let flight = FlightId(pick(u, world.flights.keys().map(|id| id.0))?);
             let chunk = match world.flights.get(&flight) {

@@ -1,11 +1,15 @@
 //! `skimmer prefetch`: fetch files of a mounted image before they are read.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use skimmer_client::PrefetchRequest;
 
 use crate::{Global, daemon, output};
+
+/// How long it waits while nothing comes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Arguments of the command.
 #[derive(clap::Args)]
@@ -28,19 +32,28 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     let target = options.target.canonicalize();
     let target = target.with_context(|| format!("no such directory: {}", options.target.display()))?;
     let client = options.daemon.connect().await?;
-    let mut request =
+    let request =
         PrefetchRequest { target, paths: options.paths, background: options.background, wait: false };
     let mut report = client.prefetch(&request).await?;
     if options.wait {
         let bar = output::progress(global, "fetching");
         output::add_total(&bar, report.missing_bytes);
         let all = report.missing_bytes;
+        let mut progress = (all, Instant::now());
         // Asked again and again rather than waited for, so that the bar moves.
         while report.missing_bytes > 0 {
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            request.background = options.background;
+            tokio::time::sleep(Duration::from_millis(100)).await;
             report = client.prefetch(&request).await?;
             bar.set_position(all.saturating_sub(report.missing_bytes));
+            if report.missing_bytes < progress.0 {
+                progress = (report.missing_bytes, Instant::now());
+            }
+            let missing = output::bytes(report.missing_bytes);
+            let seconds = PATIENCE.as_secs();
+            ensure!(
+                progress.1.elapsed() < PATIENCE,
+                "{missing} are still to come, and nothing came in {seconds} s; see `skimmer status`"
+            );
         }
         bar.finish_and_clear();
     }

@@ -393,6 +393,9 @@ impl Mounts {
         let probes = probe::choose(&image, &watched).map_err(damaged)?;
         let limit = self.config.mount.probe_timeout();
         let mut reads = tokio::task::JoinSet::new();
+        // Reads of another mount's proof must not meet denials of this one's.
+        let denying = self.proving.lock().await;
+        let mut denied = Vec::new();
         for probe in probes {
             let mount = Arc::clone(&raised.mount);
             // Where nobody else reads the blob its data need not come: that the kernel asks is the proof.
@@ -404,13 +407,14 @@ impl Mounts {
                         .map_err(|e| e.to_string())?
                 });
             } else {
-                let (blob, driver) = (probe.blob, self.driver.clone());
-                let seen = driver.prove(blob, probe.device()).await?;
+                let blob = probe.blob;
+                let mut seen = self.driver.prove(blob, probe.device()).await?;
+                denied.push(blob);
                 reads.spawn(async move {
                     let read = tokio::task::spawn_blocking(move || probe::read(&mount, &probe)).await;
-                    driver.end_proof(blob).await.map_err(|error| error.to_string())?;
                     let outcome = read.map_err(|error| error.to_string())?;
-                    match (seen.await, outcome) {
+                    // The denial came before the read's end.
+                    match (seen.try_recv(), outcome) {
                         (Ok(()), _) => Ok(()),
                         (Err(_), Err(why)) => Err(why),
                         (Err(_), Ok(())) => Err(format!("the kernel read blob {blob} without asking")),
@@ -418,6 +422,7 @@ impl Mounts {
                 });
             }
         }
+        let denying = (!denied.is_empty()).then_some(denying);
         let all = async {
             while let Some(read) = reads.join_next().await {
                 read.map_err(|error| error.to_string())??;
@@ -427,6 +432,10 @@ impl Mounts {
         let result = tokio::time::timeout(limit, all).await.unwrap_or_else(|_| {
             Err(format!("a read through the new mount got no answer within {} s", limit.as_secs()))
         });
+        for blob in denied {
+            self.driver.end_proof(blob).await?;
+        }
+        drop(denying);
         match result {
             Ok(()) => Ok(()),
             Err(why) => {

@@ -1,11 +1,11 @@
 //! What of an image is fetched before it is read: what its builder listed, what a caller names, and the rest of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use erofs_format::blob_table::BlobFeatures;
 use erofs_format::{FileKind, FormatError, Image, Inode};
@@ -16,6 +16,8 @@ use crate::blob::{BlobId, BlobSpec};
 
 /// How often a caller who waits for a prefetch looks whether it is done.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long it waits while nothing comes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Ranges of blobs' devices, in the order in which they are wanted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -24,6 +26,8 @@ pub struct Early {
     pub ranges: Vec<(BlobId, Range<u64>)>,
     /// Files they belong to.
     pub files: u64,
+    /// Inodes seen: each counts once, however often it is listed.
+    seen: HashSet<u64>,
 }
 
 impl Early {
@@ -57,6 +61,9 @@ impl Early {
         // The image was checked when it was opened: directories form a tree.
         let mut todo = vec![inode];
         while let Some(inode) = todo.pop() {
+            if !self.seen.insert(inode.nid) {
+                continue;
+            }
             match inode.kind {
                 FileKind::Regular => {
                     self.files += 1;
@@ -164,6 +171,7 @@ impl Mounts {
         for (blob, range) in early.ranges {
             by_blob.entry(blob).or_default().push(range);
         }
+        let mut progress = (u64::MAX, Instant::now());
         loop {
             let mut report = PrefetchReport { files: early.files, ..PrefetchReport::default() };
             for (blob, ranges) in &by_blob {
@@ -173,6 +181,14 @@ impl Mounts {
             }
             if !request.wait || report.missing_bytes == 0 {
                 return Ok(report);
+            }
+            if report.missing_bytes < progress.0 {
+                progress = (report.missing_bytes, Instant::now());
+            } else if progress.1.elapsed() > PATIENCE {
+                let (missing, seconds) = (report.missing_bytes, PATIENCE.as_secs());
+                let message = format!("{missing} bytes are still to come, and none came in {seconds} s");
+                return Err(Failure::new(Kind::Source, message)
+                    .remedy("`skimmer status` shows the faults of the image's blobs"));
             }
             tokio::time::sleep(LOOK).await;
         }

@@ -92,6 +92,8 @@ pub struct Mounts {
     turns: Turns,
     /// One superblock is made at a time, so that its name among all can be told.
     raising: Mutex<()>,
+    /// Held while a mount's proof denies reads of a blob.
+    proving: Mutex<()>,
     /// What a status request reads; a copy, so that it never waits.
     view: StdMutex<Vec<AttachmentRecord>>,
     faults: StdMutex<HashMap<BlobId, String>>,
@@ -210,6 +212,7 @@ impl Mounts {
             pool: Pool::default(),
             turns: Turns::default(),
             raising: Mutex::default(),
+            proving: Mutex::default(),
             view: StdMutex::default(),
             faults: StdMutex::default(),
             complete: StdMutex::default(),

@@ -40,11 +40,15 @@ pub struct Opened {
 /// # Errors
 /// When the bootstrap breaks a rule, or names a blob that is not there.
 pub fn specs(bootstrap: &[u8], stored: &HashMap<BlobId, u64>) -> Result<Vec<BlobSpec>, Failure> {
-    let bad = |message: String| {
-        Failure::new(Kind::BadImage, message)
-            .remedy("convert the image again, and check it with `skimmer check`")
-    };
     let image = Image::parse(bootstrap).map_err(|error| bad(format!("the bootstrap is damaged: {error}")))?;
+    specs_of(&image, stored)
+}
+
+fn bad(message: String) -> Failure {
+    Failure::new(Kind::BadImage, message).remedy("convert the image again, and check it with `skimmer check`")
+}
+
+fn specs_of(image: &Image<'_>, stored: &HashMap<BlobId, u64>) -> Result<Vec<BlobSpec>, Failure> {
     image.check().map_err(|error| bad(format!("the bootstrap is damaged: {error}")))?;
     let mut specs: Vec<BlobSpec> = Vec::new();
     for (slot, blob) in image.blobs().iter().enumerate() {
@@ -95,8 +99,9 @@ impl Mounts {
             remote.blobs.iter().map(|blob| (BlobId::new(*blob.digest.as_bytes()), blob.size)).collect();
         let bootstrap = remote.bootstrap;
         let check = move || {
-            let specs = specs(&bootstrap, &stored)?;
-            let image = Image::parse(&bootstrap).map_err(|e| Failure::new(Kind::BadImage, e.to_string()))?;
+            let damaged = |error| bad(format!("the bootstrap is damaged: {error}"));
+            let image = Image::parse(&bootstrap).map_err(damaged)?;
+            let specs = specs_of(&image, &stored)?;
             let early = Early::listed(&image, &specs);
             Ok((specs, early, bootstrap))
         };
