@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 use skimmer_client as client;
 use skimmer_fetcher::Reference;
@@ -11,8 +11,10 @@ use skimmer_fetcher::copy::{CopyOptions, Images, Progress, ProgressFn};
 use skimmer_fetcher::credentials::{Credentials, Secret};
 use skimmer_fetcher::http::HttpOptions;
 use skimmer_fetcher::image::OpenOptions;
+use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::oci::Platform;
 use skimmer_fetcher::registry::RegistryOptions;
+use tempfile::TempDir;
 
 /// Options about the registry of an image.
 #[derive(clap::Args)]
@@ -89,6 +91,32 @@ impl Registry {
             ..CopyOptions::default()
         })
     }
+}
+
+/// A folder for work files: beside a destination on disk, so that finished ones are renamed, not copied.
+pub(crate) fn scratch(destination: &Reference) -> Result<TempDir> {
+    let made = match destination {
+        Reference::Registry(_) => tempfile::tempdir(),
+        Reference::Layout { dir: path, .. }
+        | Reference::Archive { file: path, .. }
+        | Reference::Tree(path) => {
+            let path = std::path::absolute(path).context("cannot resolve the destination's path")?;
+            let parent = path.parent().unwrap_or(&path).to_owned();
+            std::fs::create_dir_all(&parent).with_context(|| format!("cannot make {}", parent.display()))?;
+            tempfile::tempdir_in(parent)
+        }
+    };
+    made.context("cannot make a directory for work files")
+}
+
+/// The layout that an image for `destination` is made in, and the tag that the destination names.
+pub(crate) fn output(destination: &Reference, scratch: &TempDir) -> Result<(Layout, Option<String>)> {
+    Ok(match destination {
+        Reference::Layout { dir, tag } => (Layout::open_or_create(dir)?, tag.clone()),
+        Reference::Archive { tag, .. } => (Layout::create(scratch.path().join("image"))?, tag.clone()),
+        Reference::Registry(_) => (Layout::create(scratch.path().join("image"))?, None),
+        Reference::Tree(dir) => bail!("{} is a plain directory and holds no image", dir.display()),
+    })
 }
 
 /// `OS/ARCHITECTURE[/VARIANT]` on the command line.

@@ -71,7 +71,7 @@ impl Drop for Share {
 }
 
 impl Share {
-    /// The body of the flight before it, when that stands where this one can begin: at most a few bytes are skipped.
+    /// The body of the flight before it, when that stands at or a little before this one's first byte.
     pub(crate) async fn take_over(&mut self, start: u64) -> Option<Body> {
         let body = self.before.as_mut()?.await;
         self.before = None;

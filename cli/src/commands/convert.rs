@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use indicatif::ProgressBar;
 use skimmer_fetcher::Reference;
@@ -69,19 +69,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     let source = Reference::parse_source(&options.source)?;
     let destination = Reference::parse_destination(&options.destination)?;
     let bar = output::progress(global, "fetching");
-    // Work files stand beside a destination on disk, so that finished ones are renamed, not copied.
-    let scratch = match &destination {
-        Reference::Registry(_) => tempfile::tempdir(),
-        Reference::Layout { dir: path, .. }
-        | Reference::Archive { file: path, .. }
-        | Reference::Tree(path) => {
-            let path = std::path::absolute(path).context("cannot resolve the destination's path")?;
-            let parent = path.parent().unwrap_or(&path).to_owned();
-            std::fs::create_dir_all(&parent).with_context(|| format!("cannot make {}", parent.display()))?;
-            tempfile::tempdir_in(parent)
-        }
-    }
-    .context("cannot make a directory for work files")?;
+    let scratch = image::scratch(&destination)?;
     let platform = options.platform.clone().unwrap_or_else(Platform::host);
     let (input, source_tag) = match &source {
         Reference::Tree(dir) => (Input::Directory(dir.clone()), None),
@@ -102,12 +90,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
             (Input::Layout { layout, selector }, name.tag().map(str::to_owned))
         }
     };
-    let (output, tag) = match &destination {
-        Reference::Layout { dir, tag } => (Layout::open_or_create(dir)?, tag.clone()),
-        Reference::Archive { tag, .. } => (Layout::create(scratch.path().join("image"))?, tag.clone()),
-        Reference::Registry(_) => (Layout::create(scratch.path().join("image"))?, None),
-        Reference::Tree(dir) => bail!("{} is a plain directory and holds no image", dir.display()),
-    };
+    let (output, tag) = image::output(&destination, &scratch)?;
     let report = {
         let mkfs = options.mkfs(tag.or_else(|| options.tag.clone()).or(source_tag));
         let (output, bar) = (output.clone(), Bar(bar.clone()));

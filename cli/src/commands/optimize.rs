@@ -42,16 +42,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
             "warning: the recording is not exact: what was fetched ahead of need is missing from it, if it was read",
         );
     }
-    let scratch = match &destination {
-        Reference::Registry(_) => tempfile::tempdir(),
-        Reference::Layout { dir: path, .. }
-        | Reference::Archive { file: path, .. }
-        | Reference::Tree(path) => {
-            let path = std::path::absolute(path).context("cannot resolve the destination's path")?;
-            tempfile::tempdir_in(path.parent().unwrap_or(&path))
-        }
-    }
-    .context("cannot make a directory for work files")?;
+    let scratch = image::scratch(&destination)?;
     // All of the image, in a layout.
     let (layout, opened, source_tag) = match &source {
         Reference::Tree(dir) => bail!("{} is a plain directory, not an image", dir.display()),
@@ -71,12 +62,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
         }
     };
     let remote = skimmer_fetcher::image::open(&opened, &options.registry.open_options(&opened)?).await?;
-    let (target, tag) = match &destination {
-        Reference::Layout { dir, tag } => (Layout::open_or_create(dir)?, tag.clone()),
-        Reference::Archive { tag, .. } => (Layout::create(scratch.path().join("image"))?, tag.clone()),
-        Reference::Registry(_) => (Layout::create(scratch.path().join("image"))?, None),
-        Reference::Tree(dir) => bail!("{} is a plain directory and holds no image", dir.display()),
-    };
+    let (target, tag) = image::output(&destination, &scratch)?;
     let mut trace = Vec::with_capacity(recording.reads.len());
     let ids: Vec<[u8; 32]> = recording.blobs.iter().map(|id| blob_id(id)).collect::<Result<_>>()?;
     for read in &recording.reads {
