@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use skimmer_engine::{Failure, FailureClass, FlightId};
 use skimmer_fetcher::chunk::{self, ChunkError, ChunkSpec, FetchError, Verified};
-use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, SourceError};
+use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, SourceError, Urgency};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -57,6 +57,8 @@ pub(crate) struct Order {
     pub(crate) flight: FlightId,
     pub(crate) blob: BlobRef,
     pub(crate) source: Arc<dyn Source>,
+    /// Who waits for it.
+    pub(crate) urgency: Urgency,
     /// Whether it may share a request with the flights before and after it.
     pub(crate) shares: bool,
     /// End, in the stored blob, of what is meant to follow on the same request.
@@ -173,7 +175,7 @@ async fn fetch(
     waker: Waker,
     metrics: Metrics,
 ) -> Outcome {
-    let Order { flight, blob, source, mut chunks, .. } = order;
+    let Order { flight, blob, source, urgency, mut chunks, .. } = order;
     // The chunk list is in device order; a source is read in stored order.
     chunks.sort_by_key(|(_, spec, _)| spec.stored_offset);
     let stored = stored_bytes(&chunks);
@@ -189,7 +191,7 @@ async fn fetch(
             None => {
                 metrics.source_requests.inc();
                 let range = range.start..range.end.max(share.until.min(blob.size));
-                let body = source.read(&blob, range).await?;
+                let body = source.read(&blob, range, urgency).await?;
                 opened = Some(Instant::now());
                 body
             }

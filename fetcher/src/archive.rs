@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::digest::Digest;
 use crate::layout::{Layout, LayoutError};
 use crate::local::{file_body, off_thread};
-use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, check_range};
+use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, Urgency, check_range};
 
 /// Why an archive cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -232,7 +232,7 @@ impl Source for Archive {
         &self.name
     }
 
-    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
+    async fn read(&self, blob: &BlobRef, range: Range<u64>, _: Urgency) -> Result<Body, SourceError> {
         check_range(&self.name, blob, &range)?;
         let error = |class, detail: String| {
             SourceError::new(class, self.name.as_str(), detail).reading(blob, range.clone())

@@ -20,7 +20,7 @@ use crate::oci::{self, Descriptor, Document, DocumentError, Flavour, ImageManife
 use crate::reference::{Reference, RegistryRef};
 use crate::registry::{Registry, RegistryOptions, SentFn};
 use crate::retry::Backoff;
-use crate::source::{BlobRef, ErrorClass, Source, SourceError};
+use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, Urgency};
 
 /// Which images of an index are copied.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -308,14 +308,38 @@ async fn pull_blob(
         return Ok(None);
     }
     options.tell(Progress::Start(blob));
+    // A source with several hosts may have a right one behind a wrong one.
+    for turn in 1..=source.width() {
+        match pull_once(source, to, blob, stop, options).await {
+            Err(CopyError::Layout(LayoutError::BadBlob { .. })) if turn < source.width() => {}
+            other => return other,
+        }
+    }
+    Ok(None)
+}
+
+async fn pull_once(
+    source: &dyn Source,
+    to: &Layout,
+    blob: BlobRef,
+    stop: &AtomicBool,
+    options: &CopyOptions,
+) -> Result<Option<u64>, CopyError> {
     let layout = to.clone();
     let mut writer = Some(run(move || layout.blob_writer()).await?);
+    let mut senders = Vec::new();
     let mut at = 0;
     let mut backoff = Backoff::new(options.attempts);
     while at < blob.size {
         // An interrupted transfer goes on where it stopped.
         let before = at;
-        let result = pull_range(source, to, &blob, &mut at, &mut writer, stop, options).await;
+        let result = match source.read(&blob, at..blob.size, Urgency::Demand).await {
+            Ok(body) => {
+                senders.extend(body.blame().map(|blame| (at, blame)));
+                pull_range(body, to, &blob, &mut at, &mut writer, stop, options).await
+            }
+            Err(error) => Err(error.into()),
+        };
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
@@ -329,14 +353,20 @@ async fn pull_blob(
         }
     }
     if let Some(writer) = writer {
-        run(move || writer.finish_as(&blob)).await?;
+        let finished = run(move || writer.finish_as(&blob)).await;
+        if let Err(error @ LayoutError::BadBlob { .. }) = &finished {
+            for (from, blame) in senders {
+                tracing::warn!("from {}: {error}", blame(from..blob.size));
+            }
+        }
+        finished?;
     }
     options.tell(Progress::Done(blob));
     Ok(Some(blob.size))
 }
 
 async fn pull_range(
-    source: &dyn Source,
+    mut body: Body,
     to: &Layout,
     blob: &BlobRef,
     at: &mut u64,
@@ -344,7 +374,6 @@ async fn pull_range(
     stop: &AtomicBool,
     options: &CopyOptions,
 ) -> Result<(), CopyError> {
-    let mut body = source.read(blob, *at..blob.size).await?;
     while let Some(piece) = body.next().await {
         let piece = piece?;
         if stop.load(Ordering::Relaxed) {

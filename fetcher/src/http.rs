@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::error::Error as _;
+use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +12,7 @@ use reqwest::header::{HeaderMap, RETRY_AFTER};
 use url::Url;
 
 use crate::source::{ErrorClass, SourceError};
+use crate::sources::Health;
 
 /// How long a request may make no progress. There is no limit on a whole transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,6 +51,48 @@ pub struct HttpOptions {
     pub https: Vec<String>,
     /// PEM files with certificate authorities to trust besides the system's.
     pub extra_ca: Vec<PathBuf>,
+    /// What to show a server that asks who we are.
+    pub identity: Option<ClientCertificate>,
+    /// Whether any certificate will do. Never goes beyond the host that it was said of.
+    pub skip_verify: bool,
+    /// The proxy to use, instead of what the environment says.
+    pub proxy: Option<Proxy>,
+    /// Which HTTP to speak.
+    pub version: Version,
+}
+
+/// PEM files with a certificate and its key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ClientCertificate {
+    /// The certificate, and the key when there is no file of its own.
+    pub certificate: PathBuf,
+    /// The key.
+    pub key: Option<PathBuf>,
+}
+
+/// The URL of a proxy; it may hold a password, so it is not shown.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Proxy(pub String);
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Proxy(secret)")
+    }
+}
+
+/// Which version of HTTP is spoken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum Version {
+    /// HTTP/1.1 for blobs, what the server offers for the rest.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// HTTP/1.1 alone.
+    #[serde(rename = "1")]
+    One,
+    /// HTTP/2 wherever the server offers it.
+    #[serde(rename = "2")]
+    Two,
 }
 
 fn lists(list: &[String], host: &str) -> bool {
@@ -130,9 +174,17 @@ pub(crate) enum Use {
 #[derive(Clone, Debug, Default)]
 pub struct Pool {
     clients: Arc<Mutex<HashMap<HttpOptions, Weak<Clients>>>>,
+    /// How each host has been doing, by scheme, host and port.
+    health: Arc<Mutex<HashMap<String, Arc<Health>>>>,
 }
 
 impl Pool {
+    /// What is known of the host of a URL. Hosts are few: what was learned of one is kept.
+    pub(crate) fn health(&self, url: &Url) -> Arc<Health> {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(health.entry(url.origin().ascii_serialization()).or_default())
+    }
+
     pub(crate) fn clients(&self, options: &HttpOptions) -> Arc<Clients> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = clients.get(options).and_then(Weak::upgrade) {
@@ -189,17 +241,39 @@ impl Clients {
     }
 
     fn make(&self, (kind, tls, loopback): (Use, bool, bool)) -> Result<reqwest::Client, String> {
+        let proxy = match &self.options.proxy {
+            // Its text may be a secret.
+            Some(Proxy(url)) => Some(reqwest::Proxy::all(url).map_err(|_| "the proxy is no URL of one")?),
+            None => None,
+        };
         let base = || {
             let mut builder = client().connect_timeout(self.options.timeouts.connect);
-            if kind == Use::Blobs {
-                builder = builder.http1_only();
+            builder = match (self.options.version, kind) {
+                (Version::One, _) | (Version::Auto, Use::Blobs) => builder.http1_only(),
+                (Version::Auto, Use::Documents) => builder,
+                // Wide enough that a far server fills the link with one stream.
+                (Version::Two, _) => builder
+                    .http2_initial_stream_window_size(8 << 20)
+                    .http2_initial_connection_window_size(32 << 20),
+            };
+            match &proxy {
+                Some(proxy) => builder.proxy(proxy.clone()),
+                None if loopback => builder.no_proxy(),
+                None => builder,
             }
-            if loopback { builder.no_proxy() } else { builder }
         };
         if !tls {
             // Without this the system's roots would be loaded, and their absence would be an error.
             return base().tls_certs_only([]).build().map_err(|error| explain(&error));
         }
+        let identity = self.options.identity.as_ref().map(identity).transpose()?;
+        let base = || {
+            let mut builder = base().tls_danger_accept_invalid_certs(self.options.skip_verify);
+            if let Some(identity) = &identity {
+                builder = builder.identity(identity.clone());
+            }
+            builder
+        };
         let mut roots = Vec::new();
         for path in &self.options.extra_ca {
             let named = |problem: String| format!("certificate file {}: {problem}", path.display());
@@ -223,6 +297,18 @@ impl Clients {
             )),
         }
     }
+}
+
+/// Reads what a client certificate names.
+fn identity(files: &ClientCertificate) -> Result<reqwest::Identity, String> {
+    let named = |path: &Path, problem: String| format!("client certificate {}: {problem}", path.display());
+    let read = |path: &Path| std::fs::read(path).map_err(|error| named(path, error.to_string()));
+    let mut pem = read(&files.certificate)?;
+    if let Some(key) = &files.key {
+        pem.push(b'\n');
+        pem.extend(read(key)?);
+    }
+    reqwest::Identity::from_pem(&pem).map_err(|error| named(&files.certificate, explain(&error)))
 }
 
 /// The error and its causes in one line, without the URL, whose query may be a secret.

@@ -13,9 +13,9 @@ use crate::oci::{
     RawManifest,
 };
 use crate::reference::Reference;
-use crate::registry::{Registry, RegistryOptions};
+use crate::registry::{RegistryOptions, Repository};
 use crate::retry::Backoff;
-use crate::source::{BlobRef, Source, SourceError};
+use crate::source::{Blame, BlobRef, Body, Source, SourceError, Urgency};
 
 /// How to open an image.
 #[derive(Clone, Debug)]
@@ -148,7 +148,7 @@ pub enum ImageError {
 /// Where images are read from, by what their name says.
 #[derive(Clone)]
 pub(crate) enum Place {
-    Registry(Registry),
+    Registry(Repository),
     Layout(Layout),
     Archive { archive: Archive, documents: Layout },
 }
@@ -159,7 +159,7 @@ impl Place {
         let image = reference.to_string();
         match reference {
             Reference::Tree(dir) => Err(ImageError::Tree(dir.display().to_string())),
-            Reference::Registry(name) => Registry::new(name, options)
+            Reference::Registry(name) => Repository::new(name, options)
                 .map(Place::Registry)
                 .map_err(|error| ImageError::Source { image, error }),
             Reference::Layout { dir, .. } => {
@@ -353,13 +353,42 @@ impl Image {
             let problem = format!("{} bytes are none, or more than the {cap} that are read", blob.size);
             return Err(self.part(part, blob, problem));
         }
-        let body = self.source.read(blob, 0..blob.size).await.map_err(|error| self.failed(error))?;
-        let bytes = body.collect().await.map_err(|error| self.failed(error))?;
-        let got = Digest::of(&bytes);
-        if got != blob.digest {
-            return Err(self.part(part, blob, format!("its bytes are {got}")));
+        let mut turns = self.source.width();
+        loop {
+            let (body, blame) = self.body(blob).await?;
+            let bytes = body.collect().await.map_err(|error| self.failed(error))?;
+            let got = Digest::of(&bytes);
+            if got == blob.digest {
+                return Ok(bytes);
+            }
+            self.wrong(part, blob, got, blame, &mut turns)?;
         }
-        Ok(bytes)
+    }
+
+    /// A whole blob, and whom to tell when its bytes are wrong.
+    async fn body(&self, blob: &BlobRef) -> Result<(Body, Option<Blame>), ImageError> {
+        let body = self.source.read(blob, 0..blob.size, Urgency::Demand).await;
+        let body = body.map_err(|error| self.failed(error))?;
+        let blame = body.blame();
+        Ok((body, blame))
+    }
+
+    /// Tells who sent wrong bytes; an error when there is no other host to turn to.
+    fn wrong(
+        &self,
+        part: &'static str,
+        blob: &BlobRef,
+        got: Digest,
+        blame: Option<Blame>,
+        turns: &mut u32,
+    ) -> Result<(), ImageError> {
+        let sender = blame.map_or_else(|| self.source.name().to_owned(), |blame| blame(0..blob.size));
+        *turns = turns.saturating_sub(1);
+        if *turns == 0 {
+            return Err(self.part(part, blob, format!("its bytes from {sender} are {got}")));
+        }
+        tracing::warn!("image {}: {part} {}: its bytes from {sender} are {got}", self.name, blob.digest);
+        Ok(())
     }
 
     /// The digest that the config gives for the unpacked bootstrap layer.
@@ -422,21 +451,25 @@ impl Image {
     async fn spool(&self, part: &'static str, blob: &BlobRef) -> Result<File, ImageError> {
         let local = |error: io::Error| self.part(part, blob, format!("temporary file: {error}"));
         let mut file = run(tempfile::tempfile).await.map_err(local)?;
-        let mut body = self.source.read(blob, 0..blob.size).await.map_err(|error| self.failed(error))?;
-        let mut hasher = Hasher::new();
-        while let Some(piece) = body.next().await {
-            let piece = piece.map_err(|error| self.failed(error))?;
-            let written = run(move || {
-                hasher.update(&piece);
-                file.write_all(&piece).map(|()| (file, hasher))
-            });
-            (file, hasher) = written.await.map_err(local)?;
+        let mut turns = self.source.width();
+        loop {
+            let (mut body, blame) = self.body(blob).await?;
+            let mut hasher = Hasher::new();
+            while let Some(piece) = body.next().await {
+                let piece = piece.map_err(|error| self.failed(error))?;
+                let written = run(move || {
+                    hasher.update(&piece);
+                    file.write_all(&piece).map(|()| (file, hasher))
+                });
+                (file, hasher) = written.await.map_err(local)?;
+            }
+            let got = hasher.finish();
+            file = run(move || file.seek(SeekFrom::Start(0)).map(|_| file)).await.map_err(local)?;
+            if got == blob.digest {
+                return Ok(file);
+            }
+            self.wrong(part, blob, got, blame, &mut turns)?;
         }
-        let got = hasher.finish();
-        if got != blob.digest {
-            return Err(self.part(part, blob, format!("its bytes are {got}")));
-        }
-        run(move || file.seek(SeekFrom::Start(0)).map(|_| file)).await.map_err(local)
     }
 }
 

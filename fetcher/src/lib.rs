@@ -23,6 +23,7 @@ pub mod reference;
 pub mod registry;
 mod retry;
 pub mod source;
+pub mod sources;
 #[cfg(feature = "testing")]
 pub mod testing;
 

@@ -10,7 +10,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
 
 use crate::layout::{Layout, LayoutError};
-use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, check_range};
+use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, Urgency, check_range};
 
 /// Bytes read from a file at one time.
 const PIECE: u64 = 512 * 1024;
@@ -73,7 +73,7 @@ impl Source for Layout {
         self.label()
     }
 
-    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
+    async fn read(&self, blob: &BlobRef, range: Range<u64>, _: Urgency) -> Result<Body, SourceError> {
         check_range(self.label(), blob, &range)?;
         let (layout, wanted) = (self.clone(), *blob);
         let file = off_thread(move || layout.open_blob(&wanted).map_err(|error| layout.source_error(&error)))

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,6 +26,15 @@ impl fmt::Display for BlobRef {
     }
 }
 
+/// Who waits for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Urgency {
+    /// A read, now.
+    Demand,
+    /// Nobody yet: read-ahead, prefetch, background completion.
+    Ahead,
+}
+
 /// Anything that yields blob bytes.
 ///
 /// The bytes are *not* verified here: only [`crate::chunk`] and the whole-blob readers do that.
@@ -35,7 +45,12 @@ pub trait Source: Send + Sync {
 
     /// Reads `range` (bytes of the stored blob). The body ends exactly at the end of the range, or with an
     /// error. An empty range, or one that leaves the blob, is an error of class [`ErrorClass::BadRange`].
-    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError>;
+    async fn read(&self, blob: &BlobRef, range: Range<u64>, urgency: Urgency) -> Result<Body, SourceError>;
+
+    /// How many hosts it can turn to, one after the other, when bytes turn out wrong.
+    fn width(&self) -> u32 {
+        1
+    }
 
     /// Whether the source holds the blob with the size that `blob` states.
     async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError>;
@@ -155,7 +170,11 @@ pub struct Body {
     next: u64,
     idle: Option<Duration>,
     ended: bool,
+    blame: Option<Blame>,
 }
+
+/// Tells a source that these stored bytes of a body were wrong; gives the name of the host that sent them.
+pub(crate) type Blame = Arc<dyn Fn(Range<u64>) -> String + Send + Sync>;
 
 impl Body {
     /// Wraps the pieces of `range`. `idle` is the longest wait for a piece.
@@ -166,7 +185,33 @@ impl Body {
         idle: Option<Duration>,
         pieces: BoxStream<'static, Result<Bytes, SourceError>>,
     ) -> Self {
-        Self { pieces, source: source.into(), blob: *blob, next: range.start, range, idle, ended: false }
+        Self {
+            pieces,
+            source: source.into(),
+            blob: *blob,
+            next: range.start,
+            range,
+            idle,
+            ended: false,
+            blame: None,
+        }
+    }
+
+    /// Has the source told when bytes of this body turn out wrong.
+    #[must_use]
+    pub(crate) fn with_blame(mut self, blame: Blame) -> Self {
+        self.blame = Some(blame);
+        self
+    }
+
+    /// Whom to tell of wrong bytes.
+    pub(crate) fn blame(&self) -> Option<Blame> {
+        self.blame.clone()
+    }
+
+    /// The source's name.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
     }
 
     /// Where in the stored blob the next piece begins.

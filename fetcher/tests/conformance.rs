@@ -17,7 +17,7 @@ use skimmer_fetcher::digest::Digest;
 use skimmer_fetcher::image::{self, OpenOptions};
 use skimmer_fetcher::reference::Reference;
 use skimmer_fetcher::registry::RegistryOptions;
-use skimmer_fetcher::source::{BlobRef, ErrorClass, Source};
+use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, Urgency};
 use skimmer_fetcher::testing::FaultServer;
 
 /// The table.
@@ -31,21 +31,21 @@ async fn conforms(source: &dyn Source, sample: &Sample) {
 
     let ranges = [0..1, 0..size, 0..4096, 1..2, size - 1..size, size / 2..size, 4095..4097, 100..1_000_000];
     for range in ranges {
-        let body = source.read(&sample.blob, range.clone()).await.unwrap();
+        let body = source.read(&sample.blob, range.clone(), Urgency::Demand).await.unwrap();
         assert_eq!(body.remaining(), range.end - range.start);
         let got = body.collect().await.unwrap();
         let at = |byte: u64| usize::try_from(byte).unwrap();
         assert!(got == all[at(range.start)..at(range.end)], "{name}: {range:?}");
     }
     for range in [0..0, 5..5, size..size + 1, 0..size + 1, size + 1..size + 2, u64::MAX - 1..u64::MAX] {
-        let error = source.read(&sample.blob, range.clone()).await.unwrap_err();
+        let error = source.read(&sample.blob, range.clone(), Urgency::Demand).await.unwrap_err();
         assert_eq!(error.class, ErrorClass::BadRange, "{name}: {range:?}: {error}");
     }
-    let error = source.read(&absent, 0..10).await.unwrap_err();
+    let error = source.read(&absent, 0..10, Urgency::Demand).await.unwrap_err();
     assert_eq!(error.class, ErrorClass::NotFound, "{name}: {error}");
     assert!(error.to_string().contains(&absent.digest.hex()), "{name}: {error}");
     // A body that is dropped half-way spoils nothing for the next.
-    let mut half = source.read(&sample.blob, 0..size).await.unwrap();
+    let mut half = source.read(&sample.blob, 0..size, Urgency::Demand).await.unwrap();
     half.next().await.unwrap().unwrap();
     drop(half);
 
@@ -210,6 +210,9 @@ async fn docker_registry_416_is_no_trap() {
     copy::push(&sample.layout, None, &reference(&server.host), &copying).await.unwrap();
     // A manifest that lies about the size leads past the blob's end.
     let lie = BlobRef { size: sample.blob.size + 1000, ..sample.blob };
-    let error = registry(&server.host, &options()).read(&lie, lie.size - 10..lie.size).await.unwrap_err();
+    let error = registry(&server.host, &options())
+        .read(&lie, lie.size - 10..lie.size, Urgency::Demand)
+        .await
+        .unwrap_err();
     assert_eq!(error.class, ErrorClass::BadRange, "{error}");
 }

@@ -11,7 +11,7 @@ use skimmer_fetcher::chunk::{ChunkError, ChunkSpec, Codec, FetchError, fetch};
 use skimmer_fetcher::credentials::{Credentials, Secret};
 use skimmer_fetcher::digest::Digest;
 use skimmer_fetcher::registry::{Registry, RegistryOptions};
-use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, SourceError};
+use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, SourceError, Urgency};
 use skimmer_fetcher::testing::{Bearer, Fault, FaultServer, Login, TokenFault};
 
 struct World {
@@ -104,10 +104,10 @@ async fn replies_against_the_protocol() {
 async fn a_range_past_the_request_is_refused() {
     let world = world(|_, _| {});
     world.server.fault(Fault::OverlongRange);
-    let error = world.registry.read(&world.sample.blob, 100..200).await.unwrap_err();
+    let error = world.registry.read(&world.sample.blob, 100..200, Urgency::Demand).await.unwrap_err();
     assert_eq!(error.class, ErrorClass::BadReply, "{error}");
     world.server.fault(Fault::OverlongBody);
-    let body = world.registry.read(&world.sample.blob, 100..200).await.unwrap();
+    let body = world.registry.read(&world.sample.blob, 100..200, Urgency::Demand).await.unwrap();
     assert_eq!(body.collect().await.unwrap_err().class, ErrorClass::BadReply);
 }
 
@@ -120,7 +120,7 @@ async fn a_server_without_ranges_still_gives_the_front() {
     assert_eq!(came, world.sample.chunks.len());
     // Only the front is taken; the rest is not drained.
     world.server.take_log();
-    let body = world.registry.read(&world.sample.blob, 0..10).await.unwrap();
+    let body = world.registry.read(&world.sample.blob, 0..10, Urgency::Demand).await.unwrap();
     assert_eq!(body.collect().await.unwrap().len(), 10);
     // Once it is known, the server is not asked for what it will not give.
     assert_eq!(world.source_error(3).await.class, ErrorClass::NoRanges);
@@ -162,7 +162,10 @@ async fn waits_are_bounded() {
     world.fetch_from(0).await.1.unwrap();
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let dead = registry(&nobody, &options());
-    assert_eq!(dead.read(&world.sample.blob, 0..1).await.unwrap_err().class, ErrorClass::Transient);
+    assert_eq!(
+        dead.read(&world.sample.blob, 0..1, Urgency::Demand).await.unwrap_err().class,
+        ErrorClass::Transient
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -399,7 +402,7 @@ async fn many_requests_share_one_token() {
     });
     let reads = (0..20).map(|at| {
         let (registry, blob) = (world.registry.clone(), world.sample.blob);
-        tokio::spawn(async move { registry.read(&blob, at..at + 10).await?.collect().await })
+        tokio::spawn(async move { registry.read(&blob, at..at + 10, Urgency::Demand).await?.collect().await })
     });
     let reads: Vec<_> = reads.collect();
     // The first, who began the fetch of the token, goes away.
@@ -451,7 +454,7 @@ async fn who_may_not_read_is_told_so() {
         assert_eq!(error.class, ErrorClass::Denied, "{error}");
         assert!(!format!("{error} {:?}", world.registry).contains("wrong"), "{error}");
         let nobody = registry(&world.server.host(), &options());
-        let error = nobody.read(&world.sample.blob, 0..1).await.unwrap_err();
+        let error = nobody.read(&world.sample.blob, 0..1, Urgency::Demand).await.unwrap_err();
         assert_eq!(error.class, ErrorClass::Denied, "{error}");
     }
 }
@@ -495,7 +498,10 @@ async fn a_size_that_differs_is_noticed() {
     let world = world(|_, _| {});
     let lie = BlobRef { size: world.sample.blob.size - 1, ..world.sample.blob };
     assert_eq!(world.registry.has(&lie).await.unwrap_err().class, ErrorClass::BadReply);
-    assert_eq!(world.registry.read(&lie, 5..9).await.unwrap_err().class, ErrorClass::BadReply);
+    assert_eq!(
+        world.registry.read(&lie, 5..9, Urgency::Demand).await.unwrap_err().class,
+        ErrorClass::BadReply
+    );
     let absent = BlobRef { digest: Digest::of(b"?"), size: 1 };
     assert!(!world.registry.has(&absent).await.unwrap());
 }

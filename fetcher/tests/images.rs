@@ -17,7 +17,7 @@ use skimmer_fetcher::image::{self, OpenOptions};
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::oci::{self, Flavour, Platform, RawManifest};
 use skimmer_fetcher::reference::Reference;
-use skimmer_fetcher::source::BlobRef;
+use skimmer_fetcher::source::{BlobRef, Urgency};
 use skimmer_fetcher::testing::{Fault, FaultServer};
 
 fn opening() -> OpenOptions {
@@ -59,7 +59,7 @@ async fn good_images_open_from_everywhere() {
         let remote = image::open(&reference, &opening()).await.unwrap();
         assert_eq!(remote.bootstrap, common::BOOTSTRAP, "{reference}");
         assert_eq!(remote.blobs, [sample.blob], "{reference}");
-        let body = remote.source.read(&sample.blob, 1..5).await.unwrap();
+        let body = remote.source.read(&sample.blob, 1..5, Urgency::Demand).await.unwrap();
         assert_eq!(body.collect().await.unwrap().len(), 4, "{reference}");
     }
 }

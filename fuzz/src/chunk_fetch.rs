@@ -21,7 +21,7 @@ impl Source for Scripted {
         "scripted"
     }
 
-    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> std::result::Result<Body, SourceError> {
+    async fn read(&self, blob: &BlobRef, range: Range<u64>, _: Urgency) -> std::result::Result<Body, SourceError> {
         let fail = |class| SourceError::new(class, "scripted", "as told");
         let pieces: Vec<_> = self.pieces.iter().map(|piece| piece.clone().map_err(fail)).collect();
         Ok(Body::new("scripted", blob, range, None, stream::iter(pieces).boxed()))

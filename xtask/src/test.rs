@@ -19,6 +19,7 @@ const PACKAGES: &[&str] = &[
     "e2fsprogs",
     "erofs-utils",
     "iproute2",
+    "nginx",
     "openssl",
     "qemu-system-x86",
     "skopeo",

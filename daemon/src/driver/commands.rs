@@ -161,8 +161,7 @@ impl Driver {
             }
         }
         for object in self.objects.of(id) {
-            let count = self.blobs.get(&id).map_or(0, |blob| blob.sources.len());
-            let count = u32::try_from(count).unwrap_or(u32::MAX);
+            let count = self.blobs.get(&id).map_or(0, Blob::width);
             self.input(Input::SetSources { object, count });
             self.grow(object);
         }

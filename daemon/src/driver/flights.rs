@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use skimmer_engine::{Failure, FailureClass, FlightId, Input, MapError, ObjectId, WriteId};
 use skimmer_fetcher::chunk::Verified;
+use skimmer_fetcher::source::Urgency;
 
 use super::objects::FileKey;
 use super::{Driver, write_failure};
@@ -92,9 +93,7 @@ impl Driver {
                 continue;
             };
             let list = state.chunks(chunks);
-            // The engine counts attempts from 1; each one goes to the next source.
-            let turn = usize::try_from(attempt.saturating_sub(1)).unwrap_or(0);
-            let source = blob.sources.get(turn % blob.sources.len().max(1)).cloned();
+            let source = blob.source(*attempt);
             let (Some(source), false) = (source, list.is_empty()) else {
                 let what = if list.is_empty() { "the plan names no chunk" } else { "it has no source" };
                 self.fail_flight(*flight, *object, what.to_owned(), IMPOSSIBLE);
@@ -114,8 +113,10 @@ impl Driver {
             let last = state.chunks(&(until.saturating_sub(1)..*until)).first().map(|chunk| chunk.spec);
             let until = last.map_or(0, |last| last.stored_offset.saturating_add(u64::from(last.stored_len)));
             let blob = blob.reference();
-            let order =
-                Order { flight: *flight, blob, source, shares: *attempt == 1, until, chunks: buffers };
+            let demand = self.flights.get(flight).is_some_and(|flight| flight.demand);
+            let urgency = if demand { Urgency::Demand } else { Urgency::Ahead };
+            let (flight, shares) = (*flight, *attempt == 1);
+            let order = Order { flight, blob, source, urgency, shares, until, chunks: buffers };
             self.fetches.start(order);
         }
     }

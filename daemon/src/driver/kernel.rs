@@ -259,11 +259,10 @@ impl Driver {
 
     pub(super) fn make_object(&mut self, key: FileKey, blob: BlobId, ready: ReadyBits) -> Option<ObjectId> {
         let known = self.blobs.get(&blob)?;
-        let (spec, sources) = (known.spec.clone(), known.sources.len());
+        let (spec, count) = (known.spec.clone(), known.width());
         let (chunks, set) = engine_view(&spec, &ready);
         let object = self.objects.insert(key, blob, spec, ready);
         self.input(Input::AddObject { object, chunks, ready: set });
-        let count = u32::try_from(sources).unwrap_or(u32::MAX);
         self.input(Input::SetSources { object, count });
         if self.recordings.is_exact(blob) {
             self.input(Input::SetExact { object, exact: true });

@@ -39,6 +39,24 @@ impl Blob {
         Ok(())
     }
 
+    /// How many hosts there are to turn to.
+    pub(super) fn width(&self) -> u32 {
+        self.sources.iter().fold(0, |sum, source| sum.saturating_add(source.width()))
+    }
+
+    /// The source for an attempt. The engine counts them from 1; each one goes to the next host, where a source with
+    /// several chooses by itself.
+    pub(super) fn source(&self, attempt: u32) -> Option<Arc<dyn Source>> {
+        let mut turn = attempt.saturating_sub(1) % self.width().max(1);
+        for source in &self.sources {
+            match turn.checked_sub(source.width()) {
+                None => return Some(Arc::clone(source)),
+                Some(rest) => turn = rest,
+            }
+        }
+        self.sources.first().cloned()
+    }
+
     pub(super) fn add_sources(&mut self, sources: Vec<Arc<dyn Source>>) {
         for source in sources {
             if self.sources.iter().all(|known| known.name() != source.name()) {

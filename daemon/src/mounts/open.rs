@@ -12,7 +12,7 @@ use skimmer_fetcher::http::{HttpOptions, Timeouts};
 use skimmer_fetcher::image::OpenOptions;
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::reference::Reference;
-use skimmer_fetcher::registry::{Registry, RegistryOptions};
+use skimmer_fetcher::registry::{RegistryOptions, Repository};
 use skimmer_fetcher::source::Source;
 
 use super::early::Early;
@@ -138,7 +138,7 @@ impl Mounts {
         let options = self.registry_options(&reference, login, &record.insecure, record.ca.as_deref());
         Ok(match reference {
             Reference::Registry(name) => {
-                Arc::new(Registry::new(&name, &options).map_err(|error| failed(&error))?)
+                Arc::new(Repository::new(&name, &options).map_err(|error| failed(&error))?)
             }
             Reference::Layout { dir, .. } => Arc::new(Layout::open(dir).map_err(|error| failed(&error))?),
             Reference::Archive { file, .. } => Arc::new(Archive::open(file).map_err(|error| failed(&error))?),

@@ -16,7 +16,7 @@ use skimmer_daemon::driver::{Driver, DriverConfig, DriverError, Handle, ReadySin
 use skimmer_daemon::frontend::{Frontends, Mode};
 use skimmer_daemon::metrics::Metrics;
 use skimmer_fetcher::chunk::{ChunkDigest, ChunkSpec, Codec};
-use skimmer_fetcher::source::{BlobRef, Body, ErrorClass, Source, SourceError};
+use skimmer_fetcher::source::{BlobRef, Body, ErrorClass, Source, SourceError, Urgency};
 
 /// Nothing in these tests takes this long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -186,7 +186,7 @@ impl Source for Memory {
         &self.name
     }
 
-    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
+    async fn read(&self, blob: &BlobRef, range: Range<u64>, _: Urgency) -> Result<Body, SourceError> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         tokio::time::sleep(self.delay).await;
         let fault = self.next.lock().unwrap().pop_front().unwrap_or(*self.always.lock().unwrap());

@@ -7,7 +7,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::task::JoinHandle;
 
 use super::{ChunkError, ChunkPlace, ChunkSpec, Codec, FetchError, Verified, fits, seal, verify};
-use crate::source::{BlobRef, Body, Source};
+use crate::source::{BlobRef, Body, Source, Urgency};
 
 /// Chunks at most this long are decoded on the calling task: a thread hop costs more.
 const INLINE_LEN: u32 = 32 * 1024;
@@ -80,7 +80,7 @@ where
     let Some(range) = stored_range(&plan) else { return Ok(()) };
     // A plan that makes no sense is refused before anything is asked for.
     check_plan(blob, &plan)?;
-    let body = source.read(blob, range).await?;
+    let body = source.read(blob, range, Urgency::Demand).await?;
     fetch_from(source.name(), blob, body, plan, on_chunk, drop).await
 }
 
@@ -124,6 +124,7 @@ where
         }
     };
 
+    let blame = body.blame();
     let mut decoding: FuturesUnordered<JoinHandle<Checked<B>>> = FuturesUnordered::new();
     let mut position = body.position();
     let mut index = 0;
@@ -209,7 +210,11 @@ where
     match failure {
         None => Ok(()),
         Some((index, error)) => {
-            let source_name = name.to_owned();
+            let sent = specs[index].stored_offset..specs[index].stored_end();
+            // The image itself may be wrong; only bytes that do not fit it speak against who sent them.
+            let culprit = blame.filter(|_| !matches!(error, ChunkError::Spec(_) | ChunkError::Buffer { .. }));
+            let culprit = culprit.map(|blame| blame(sent)).filter(|name| !name.is_empty());
+            let source_name = culprit.unwrap_or_else(|| name.to_owned());
             let place = ChunkPlace { source_name, blob: blob.digest, index, spec: specs[index] };
             Err(FetchError::Chunk { place: Box::new(place), error })
         }

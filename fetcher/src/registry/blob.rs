@@ -12,7 +12,7 @@ use super::Registry;
 use super::auth::Access;
 use super::range::{Accepted, judge};
 use crate::http::{self, Use};
-use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, check_range};
+use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, Urgency, check_range};
 
 /// Replies shorter than asked that one read puts together, before the server counts as bad.
 const MAX_SHORT: u32 = 8;
@@ -148,7 +148,7 @@ impl Source for Registry {
         &self.inner.name
     }
 
-    async fn read(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
+    async fn read(&self, blob: &BlobRef, range: Range<u64>, _: Urgency) -> Result<Body, SourceError> {
         check_range(&self.inner.name, blob, &range)?;
         let reply = self.request(blob, &range).await.map_err(|error| error.reading(blob, range.clone()))?;
         let progress = Progress {

@@ -3,11 +3,15 @@
 mod auth;
 mod blob;
 mod challenge;
+mod endpoint;
+mod hosts;
 mod manifest;
 mod range;
 mod redirect;
+mod repository;
 mod upload;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,13 +20,16 @@ use reqwest::{Method, StatusCode};
 use url::Url;
 
 use self::auth::{Access, Auth};
+use self::endpoint::Endpoint;
 use self::redirect::Targets;
 use crate::credentials::Credentials;
 use crate::digest::Digest;
 use crate::http::{self, Clients, HttpOptions, Pool, Use};
 use crate::reference::RegistryRef;
 use crate::source::{ErrorClass, SourceError};
+use crate::sources::Health;
 
+pub use repository::Repository;
 pub use upload::{Payload, SentFn};
 
 /// How to reach registries, and as whom.
@@ -34,9 +41,14 @@ pub struct RegistryOptions {
     pub http: HttpOptions,
     /// Where clients for these are shared.
     pub pool: Pool,
+    /// Directory with containerd's `HOST/hosts.toml`: mirrors, and how to reach hosts. `None` looks for none.
+    pub hosts_dir: Option<PathBuf>,
     /// Blobs larger than this are uploaded in pieces of this many bytes.
     pub upload_piece: u64,
 }
+
+/// Where containerd, nerdctl and others look for it.
+pub const DEFAULT_HOSTS_DIR: &str = "/etc/containerd/certs.d";
 
 impl Default for RegistryOptions {
     fn default() -> Self {
@@ -44,6 +56,7 @@ impl Default for RegistryOptions {
             credentials: Credentials::default(),
             http: HttpOptions::default(),
             pool: Pool::default(),
+            hosts_dir: Some(DEFAULT_HOSTS_DIR.into()),
             upload_piece: 64 << 20,
         }
     }
@@ -61,7 +74,12 @@ struct Inner {
     host: String,
     repository: String,
     base: Url,
+    /// The registry whose content a mirror is to give (`ns`).
+    namespace: Option<String>,
+    /// What the host is to be sent besides, and nobody else.
+    headers: HeaderMap,
     clients: Arc<Clients>,
+    health: Arc<Health>,
     auth: Auth,
     targets: Targets,
     upload_piece: u64,
@@ -93,34 +111,53 @@ struct Call<'a> {
 }
 
 impl Registry {
-    /// A repository. No request is made yet.
+    /// A repository at the registry itself. No request is made yet.
     pub fn new(reference: &RegistryRef, options: &RegistryOptions) -> Result<Self, SourceError> {
-        let (host, repository) = (reference.host(), reference.repository());
-        let name = format!("{host}/{repository}");
-        let api_host = if host == "docker.io" { "registry-1.docker.io" } else { host };
-        let scheme = options.http.scheme(host);
-        let base = Url::parse(&format!("{scheme}://{api_host}/v2/{repository}/")).map_err(|error| {
-            SourceError::new(
-                ErrorClass::Unsupported,
-                name.as_str(),
-                format!("no URL can be made of it: {error}"),
-            )
+        let endpoint = Endpoint::of_registry(reference.host(), &options.http)
+            .map_err(|detail| SourceError::new(ErrorClass::Unsupported, reference.host(), detail))?;
+        Self::at(endpoint, reference, options)
+    }
+
+    /// A repository at one of the hosts that serve it.
+    pub(crate) fn at(
+        endpoint: Endpoint,
+        reference: &RegistryRef,
+        options: &RegistryOptions,
+    ) -> Result<Self, SourceError> {
+        let repository = reference.repository();
+        let Endpoint { root, host, namespace, headers, http } = endpoint;
+        let name = match &namespace {
+            None => format!("{host}/{repository}"),
+            Some(namespace) => format!("{host} for {namespace}/{repository}"),
+        };
+        let base = root.join(&format!("{repository}/")).map_err(|error| {
+            let detail = format!("no URL can be made of it: {error}");
+            SourceError::new(ErrorClass::Unsupported, name.as_str(), detail)
         })?;
-        let clients = options.pool.clients(&options.http);
-        let auth = Auth::new(&name, host, repository, options.credentials.clone(), Arc::clone(&clients));
+        let clients = options.pool.clients(&http);
+        let health = options.pool.health(&base);
+        let auth = Auth::new(&name, &host, repository, options.credentials.clone(), Arc::clone(&clients));
         Ok(Self {
             inner: Arc::new(Inner {
                 name,
-                host: host.to_owned(),
+                host,
                 repository: repository.to_owned(),
                 base,
+                namespace,
+                headers,
                 clients,
+                health,
                 auth,
                 targets: Targets::default(),
                 upload_piece: options.upload_piece.max(1 << 20),
                 no_ranges: Mutex::default(),
             }),
         })
+    }
+
+    /// How the host has been doing.
+    pub(crate) fn health(&self) -> Arc<Health> {
+        Arc::clone(&self.inner.health)
     }
 
     /// Host, with its port if it has one.
@@ -138,10 +175,14 @@ impl Registry {
     }
 
     fn url(&self, path: &str) -> Result<Url, SourceError> {
-        self.inner
-            .base
-            .join(path)
-            .map_err(|error| self.error(ErrorClass::Unsupported, format!("no URL for `{path}`: {error}")))
+        let mut url =
+            self.inner.base.join(path).map_err(|error| {
+                self.error(ErrorClass::Unsupported, format!("no URL for `{path}`: {error}"))
+            })?;
+        if let Some(namespace) = &self.inner.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Ok(url)
     }
 
     fn call<'a>(&self, method: Method, url: Url, access: Access, kind: Use) -> Call<'a> {
@@ -253,6 +294,9 @@ impl Registry {
             .request(call.method.clone(), url.clone())
             .headers(call.headers.clone())
             .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if url.origin() == self.inner.base.origin() {
+            request = request.headers(self.inner.headers.clone());
+        }
         if let Some(value) = authorization {
             request = request.header(AUTHORIZATION, value.clone());
         }

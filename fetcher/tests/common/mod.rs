@@ -2,6 +2,8 @@
 #![allow(dead_code)] // each test binary uses a part
 #![allow(clippy::unwrap_used)] // test code, though not in a test function
 
+pub(crate) mod nginx;
+
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -183,6 +185,7 @@ pub(crate) fn options() -> RegistryOptions {
     RegistryOptions {
         credentials: Credentials::anonymous(),
         http: HttpOptions { timeouts, ..HttpOptions::default() },
+        hosts_dir: None,
         ..RegistryOptions::default()
     }
 }

@@ -1,0 +1,154 @@
+//! A repository at all the hosts that serve it: its mirrors, as `hosts.toml` lists them, and the registry itself.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::hosts::{self, Host};
+use super::{Registry, RegistryOptions};
+use crate::digest::Digest;
+use crate::oci::RawManifest;
+use crate::reference::RegistryRef;
+use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, Urgency};
+use crate::sources::{Health, Sources, first};
+
+/// How often the file is looked at.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// A repository with its mirrors. Follows changes of `hosts.toml`; requests under way keep the hosts they have.
+#[derive(Clone)]
+pub struct Repository {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    reference: RegistryRef,
+    options: RegistryOptions,
+    current: Mutex<Current>,
+}
+
+struct Current {
+    hosts: Hosts,
+    looked: Instant,
+    stamp: Option<Stamp>,
+}
+
+/// What tells one state of the file from another.
+type Stamp = (PathBuf, Option<(SystemTime, u64)>);
+
+#[derive(Clone)]
+struct Hosts {
+    blobs: Sources,
+    registries: Arc<[(Registry, bool)]>,
+}
+
+impl Repository {
+    /// A repository. No request is made yet.
+    ///
+    /// # Errors
+    /// When `hosts.toml` or what it names cannot be used.
+    pub fn new(reference: &RegistryRef, options: &RegistryOptions) -> Result<Self, SourceError> {
+        let name = format!("{}/{}", reference.host(), reference.repository());
+        let stamp = stamp(reference, options);
+        let hosts = resolve(&name, reference, options)?;
+        let current = Mutex::new(Current { hosts, looked: Instant::now(), stamp });
+        let inner = Inner { name, reference: reference.clone(), options: options.clone(), current };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    fn hosts(&self) -> Hosts {
+        let Inner { name, reference, options, current } = &*self.inner;
+        let mut current = current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.looked.elapsed() >= LOOK {
+            current.looked = Instant::now();
+            let stamp = stamp(reference, options);
+            if stamp != current.stamp {
+                current.stamp = stamp;
+                match resolve(name, reference, options) {
+                    Ok(hosts) => current.hosts = hosts,
+                    Err(error) => tracing::warn!("{error}; the hosts known before are used"),
+                }
+            }
+        }
+        current.hosts.clone()
+    }
+
+    /// Reads a manifest or index: by its digest from any host, by a tag from those that may be asked for tags.
+    pub async fn manifest(&self, selector: &str) -> Result<RawManifest, SourceError> {
+        let by_digest = selector.parse::<Digest>().is_ok();
+        let hosts = self.hosts();
+        let asked: Vec<_> = hosts
+            .registries
+            .iter()
+            .filter(|(_, resolves)| by_digest || *resolves)
+            .map(|(registry, _)| (registry.clone(), registry.health()))
+            .collect();
+        if asked.is_empty() {
+            let detail = "no host of hosts.toml has the capability `resolve`, so no tag can be looked up";
+            return Err(SourceError::new(ErrorClass::Unsupported, self.name(), detail));
+        }
+        first(self.name(), asked, Registry::name, |registry| async move { registry.manifest(selector).await })
+            .await
+    }
+}
+
+/// The state of the file that speaks of a registry.
+fn stamp(reference: &RegistryRef, options: &RegistryOptions) -> Option<Stamp> {
+    let dir = hosts::directory(options.hosts_dir.as_deref()?, reference.host())?;
+    let file = std::fs::metadata(dir.join("hosts.toml"));
+    let state = file.ok().and_then(|file| Some((file.modified().ok()?, file.len())));
+    Some((dir, state))
+}
+
+fn resolve(name: &str, reference: &RegistryRef, options: &RegistryOptions) -> Result<Hosts, SourceError> {
+    let unusable = |detail: String| SourceError::new(ErrorClass::Unsupported, name, detail);
+    let dir = options.hosts_dir.as_deref().and_then(|root| hosts::directory(root, reference.host()));
+    let listed = match dir {
+        Some(dir) => hosts::read(&dir, reference.host(), &options.http).map_err(unusable)?,
+        None => {
+            let registry = Registry::new(reference, options)?;
+            return Ok(Hosts::new(name, vec![(registry, true, true)]));
+        }
+    };
+    let mut registries = Vec::new();
+    for Host { endpoint, resolve, pull } in listed {
+        if endpoint.http.skip_verify {
+            tracing::warn!("{}: certificates are not verified, as hosts.toml says", endpoint.host);
+        }
+        registries.push((Registry::at(endpoint, reference, options)?, resolve, pull));
+    }
+    Ok(Hosts::new(name, registries))
+}
+
+impl Hosts {
+    fn new(name: &str, registries: Vec<(Registry, bool, bool)>) -> Self {
+        let readable = registries.iter().filter(|(_, _, pull)| *pull);
+        let member = |(registry, ..): &(Registry, bool, bool)| -> (Arc<dyn Source>, Arc<Health>) {
+            (Arc::new(registry.clone()), registry.health())
+        };
+        let blobs = Sources::new(name, readable.map(member));
+        let named = registries.into_iter().filter(|(_, resolve, pull)| *resolve || *pull);
+        Self { blobs, registries: named.map(|(registry, resolve, _)| (registry, resolve)).collect() }
+    }
+}
+
+#[async_trait::async_trait]
+impl Source for Repository {
+    fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    fn width(&self) -> u32 {
+        self.hosts().blobs.width()
+    }
+
+    async fn read(&self, blob: &BlobRef, range: Range<u64>, urgency: Urgency) -> Result<Body, SourceError> {
+        self.hosts().blobs.read(blob, range, urgency).await
+    }
+
+    async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError> {
+        self.hosts().blobs.has(blob).await
+    }
+}

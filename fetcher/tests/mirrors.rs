@@ -1,0 +1,272 @@
+//! Mirrors of a registry as `hosts.toml` lists them: who is asked for what, and what a bad one costs.
+
+#![allow(clippy::unwrap_used)] // test code, though not in a test function
+
+mod common;
+
+use std::time::Duration;
+
+use common::nginx::{Nginx, certificate};
+use common::{ALL_CODECS, DockerRegistry, Sample, Setup, options, reference, sample};
+use skimmer_fetcher::chunk::{FetchError, fetch};
+use skimmer_fetcher::copy::{self, CopyOptions};
+use skimmer_fetcher::digest::Digest;
+use skimmer_fetcher::http::Version;
+use skimmer_fetcher::image::{self, OpenOptions};
+use skimmer_fetcher::layout::Layout;
+use skimmer_fetcher::reference::Reference;
+use skimmer_fetcher::registry::{RegistryOptions, Repository};
+use skimmer_fetcher::source::{ErrorClass, Source, Urgency};
+use skimmer_fetcher::testing::{Bearer, Fault, FaultServer, Login};
+
+/// Two mirrors and the registry, all with the same image.
+struct World {
+    sample: Sample,
+    mirrors: [FaultServer; 2],
+    upstream: FaultServer,
+    certs: tempfile::TempDir,
+    options: RegistryOptions,
+}
+
+fn world() -> World {
+    let sample = sample(&ALL_CODECS);
+    let server = || FaultServer::start(sample.layout.clone()).unwrap();
+    let (mirrors, upstream, certs) = ([server(), server()], server(), tempfile::tempdir().unwrap());
+    let mut options = options();
+    options.hosts_dir = Some(certs.path().to_owned());
+    options.http.timeouts.first_byte = Duration::from_secs(5);
+    let world = World { sample, mirrors, upstream, certs, options };
+    let [one, two] = [world.mirrors[0].host(), world.mirrors[1].host()];
+    world.write(&format!(
+        "[host.'http://{one}']\ncapabilities = ['pull']\n[host.'http://{one}'.header]\nx-key = 'k'\n\
+         [host.'http://{two}']\ncapabilities = ['pull', 'resolve']\n"
+    ));
+    world
+}
+
+impl World {
+    fn write(&self, text: &str) {
+        let dir = self.certs.path().join(self.upstream.host());
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("hosts.toml"), text).unwrap();
+    }
+
+    fn repository(&self) -> Repository {
+        Repository::new(&reference(&self.upstream.host()), &self.options).unwrap()
+    }
+
+    /// Requests for blobs that each of the three was asked.
+    fn asked(&self) -> [u64; 3] {
+        [&self.mirrors[0], &self.mirrors[1], &self.upstream].map(|server| server.counts().blob_requests)
+    }
+
+    async fn fetch_all(&self, source: &dyn Source) -> Result<usize, FetchError> {
+        let chunks = &self.sample.chunks;
+        let plan = chunks.iter().map(|(spec, data)| (*spec, vec![0; data.len()])).collect();
+        let mut came = 0;
+        fetch(source, &self.sample.blob, plan, |at, verified| {
+            assert!(verified.bytes() == chunks[at].1, "chunk {at} is wrong");
+            came += 1;
+        })
+        .await?;
+        Ok(came)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mirrors_are_asked_in_order_and_for_what_they_may() {
+    let world = world();
+    let name = Reference::Registry(reference(&world.upstream.host()));
+    let opening = OpenOptions { registry: world.options.clone(), ..OpenOptions::default() };
+    let remote = image::open(&name, &opening).await.unwrap();
+    assert_eq!(remote.bootstrap, common::BOOTSTRAP);
+    assert_eq!(remote.source.width(), 3);
+    // The tag was looked up at the second, which alone may be asked; blobs came from the first.
+    let manifests = |server: &FaultServer| {
+        server.take_log().iter().filter(|request| request.target.contains("/manifests/")).count()
+    };
+    assert_eq!(world.asked(), [2, 0, 0]);
+    let ns = format!("?ns={}", world.upstream.host().replace(':', "%3A"));
+    let log = world.mirrors[0].take_log();
+    assert!(log.iter().all(|request| request.target.ends_with(&ns)), "{log:?}");
+    assert_eq!((manifests(&world.mirrors[1]), manifests(&world.upstream)), (1, 0));
+    assert_eq!(world.fetch_all(&*remote.source).await.unwrap(), 22);
+    assert_eq!(world.asked(), [3, 0, 0]);
+
+    // A registry that no file speaks of is asked itself.
+    let other = RegistryOptions { hosts_dir: Some("/nonexistent".into()), ..world.options.clone() };
+    let source = Repository::new(&reference(&world.upstream.host()), &other).unwrap();
+    assert_eq!(world.fetch_all(&source).await.unwrap(), 22);
+    assert_eq!(world.asked(), [3, 0, 1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_mirror_costs_no_more_than_a_request() {
+    for fault in [
+        Fault::Status { code: 404, headers: Vec::new(), body: Vec::new() },
+        Fault::Status { code: 403, headers: Vec::new(), body: Vec::new() },
+        Fault::Status { code: 416, headers: Vec::new(), body: Vec::new() },
+        Fault::Status { code: 429, headers: vec![("retry-after".into(), "60".into())], body: Vec::new() },
+        Fault::Status { code: 503, headers: Vec::new(), body: Vec::new() },
+        Fault::Redirect { code: 302, location: "/v2/a/b/blobs/{digest}".into() },
+        Fault::IgnoreRange,
+        Fault::ShiftedRange,
+        Fault::WrongTotal,
+        Fault::Drop,
+        Fault::Truncate(100_000),
+        Fault::Stall(100_000),
+        Fault::SlowFirstByte(Duration::from_secs(60)),
+    ] {
+        let world = world();
+        world.mirrors[0].fault(fault.clone());
+        let source = world.repository();
+        let (first, blob) = (world.sample.chunks[3].0.stored_offset, world.sample.blob);
+        let body = source.read(&blob, first..blob.size, Urgency::Demand).await;
+        let bytes = body.unwrap_or_else(|error| panic!("{fault:?}: {error}")).collect().await.unwrap();
+        let all = std::fs::read(world.sample.layout.blob_path(&blob.digest)).unwrap();
+        assert!(bytes == all[usize::try_from(first).unwrap()..], "{fault:?}");
+        assert_eq!(world.asked()[1], 1, "{fault:?}");
+        assert_eq!(world.asked()[2], 0, "{fault:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lying_mirror_is_left_for_the_next() {
+    let world = world();
+    world.mirrors[0].fault(Fault::WrongBytes);
+    let source = world.repository();
+    let error = world.fetch_all(&source).await.unwrap_err();
+    assert!(error.to_string().contains(&world.mirrors[0].host()), "{error}");
+    // The same again, as the engine would have it: not from the one that lied.
+    assert_eq!(world.fetch_all(&source).await.unwrap(), 22);
+    assert_eq!(world.asked(), [1, 1, 0]);
+    // Opening an image, and pulling it, turn to the next by themselves.
+    world.mirrors[1].fault(Fault::WrongBytes);
+    let name = Reference::Registry(reference(&world.upstream.host()));
+    let opening = OpenOptions { registry: world.options.clone(), ..OpenOptions::default() };
+    assert_eq!(image::open(&name, &opening).await.unwrap().bootstrap, common::BOOTSTRAP);
+    let back = tempfile::tempdir().unwrap();
+    let layout = Layout::create(back.path().join("img")).unwrap();
+    let copying = CopyOptions { registry: world.options.clone(), ..CopyOptions::default() };
+    let report = copy::pull(&name, &layout, Some("x"), &copying).await.unwrap();
+    assert_eq!((report.digest, report.copied), (world.sample.manifest, 3));
+
+    world.upstream.fault(Fault::WrongBytes);
+    let error = world.fetch_all(&source).await.unwrap_err();
+    assert!(matches!(error, FetchError::Chunk { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_no_host_is_good_each_is_named() {
+    let world = world();
+    for server in world.mirrors.iter().chain([&world.upstream]) {
+        server.fault(Fault::Status { code: 404, headers: Vec::new(), body: Vec::new() });
+    }
+    let source = world.repository();
+    let error = source.read(&world.sample.blob, 0..10, Urgency::Demand).await.unwrap_err();
+    assert_eq!(error.class, ErrorClass::NotFound);
+    for server in world.mirrors.iter().chain([&world.upstream]) {
+        assert!(error.to_string().contains(&server.host()), "{error}");
+    }
+    let absent = skimmer_fetcher::BlobRef { digest: Digest::of(b"absent"), size: 10 };
+    assert!(!source.has(&absent).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_file_is_followed() {
+    let world = world();
+    let source = world.repository();
+    world.fetch_all(&source).await.unwrap();
+    world.write(&format!("[host.'http://{}']\n", world.mirrors[1].host()));
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    world.fetch_all(&source).await.unwrap();
+    assert_eq!(world.asked(), [1, 1, 0]);
+    // A broken one changes nothing, and is an error for whoever comes new.
+    world.write("[host.'http://x']\ncapabilities = 'all'\n");
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    world.fetch_all(&source).await.unwrap();
+    assert_eq!(world.asked(), [1, 2, 0]);
+    let error = Repository::new(&reference(&world.upstream.host()), &world.options).map(drop).unwrap_err();
+    assert!(error.to_string().contains("hosts.toml"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_registrys_password_is_not_for_mirrors() {
+    let mut world = world();
+    let user = ("u".to_owned(), "p".to_owned());
+    let login = Login::Bearer(Bearer { password: Some(user), ..Bearer::default() });
+    world.upstream.login(login.clone());
+    world.mirrors[0].login(login);
+    world.options.credentials = world.options.credentials.with_password(
+        &world.upstream.host(),
+        "u",
+        skimmer_fetcher::credentials::Secret::new("p"),
+    );
+    world.mirrors[1].fault(Fault::Status { code: 404, headers: Vec::new(), body: Vec::new() });
+    let source = world.repository();
+    assert_eq!(world.fetch_all(&source).await.unwrap(), 22);
+    assert!(world.mirrors.iter().all(|mirror| mirror.take_log().iter().all(|request| !request.authorized)));
+    assert!(world.upstream.take_log().iter().any(|request| request.authorized));
+}
+
+/// nginx before a real registry: TLS, a client certificate, and HTTP/2.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_wants_a_client_certificate() {
+    let Some(registry) = DockerRegistry::start(Setup::default()) else { return };
+    let sample = sample(&ALL_CODECS);
+    let copying = CopyOptions { registry: options(), ..CopyOptions::default() };
+    copy::push(&sample.layout, Some("v1"), &reference(&registry.host), &copying).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let own = ["-addext", "basicConstraints=critical,CA:FALSE"];
+    let Some((cert, key)) = certificate(dir.path(), "server", &own) else { return };
+    let Some((client, client_key)) = certificate(dir.path(), "client", &[]) else { return };
+    let server = format!(
+        "listen {{host}} ssl http2;\nssl_certificate {};\nssl_certificate_key {};\nssl_client_certificate {};\n\
+         ssl_verify_client on;\nlocation / {{ if ($http_x_key != k) {{ return 403; }} \
+         proxy_pass http://{}; proxy_set_header Host $http_host; }}\n",
+        cert.display(),
+        key.display(),
+        client.display(),
+        registry.host,
+    );
+    let Some(nginx) = Nginx::start(dir, &server) else { return };
+    let certs = tempfile::tempdir().unwrap();
+    let hosts = |text: &str| {
+        let dir = certs.path().join("_default");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("hosts.toml"), text).unwrap();
+    };
+    let table = format!("[host.'https://{}']\nca = '{}'\n", nginx.host, cert.display());
+    let header = format!("[host.'https://{}'.header]\nx-key = 'k'\n", nginx.host);
+    let pair = format!("client = [['{}', '{}']]\n", client.display(), client_key.display());
+    // A registry that is not there: everything must come from the mirror.
+    let dead = reference("127.0.0.1:1");
+    let mut options = RegistryOptions { hosts_dir: Some(certs.path().to_owned()), ..options() };
+    let open = |options: &RegistryOptions| Repository::new(&dead, options).unwrap();
+
+    hosts(&format!("{table}{pair}{header}"));
+    for version in [Version::Auto, Version::One, Version::Two] {
+        options.http.version = version;
+        let source = open(&options);
+        assert_eq!(source.manifest("v1").await.unwrap().digest, sample.manifest);
+        let bytes = source.read(&sample.blob, 5..sample.blob.size, Urgency::Demand).await.unwrap();
+        let bytes = bytes.collect().await.unwrap();
+        assert!(bytes == std::fs::read(sample.layout.blob_path(&sample.blob.digest)).unwrap()[5..]);
+        let log = nginx.log();
+        let blob = log.lines().rfind(|line| line.contains("/blobs/")).unwrap().to_owned();
+        let spoken = if version == Version::Two { "HTTP/2.0" } else { "HTTP/1.1" };
+        assert!(blob.contains(spoken), "{version:?}: {blob}");
+    }
+    for (text, word) in [
+        (format!("{table}{header}"), "127.0.0.1"),
+        (format!("{table}{pair}"), "403"),
+        (format!("[host.'https://{}']\n{pair}{header}", nginx.host), "CA file"),
+        (format!("{table}client = '/nonexistent/c.pem'\n{header}"), "/nonexistent/c.pem"),
+    ] {
+        hosts(&text);
+        let error = open(&options).manifest("v1").await.unwrap_err().to_string();
+        assert!(error.contains(word), "{word}: {error}");
+    }
+    hosts(&format!("[host.'https://{}']\nskip_verify = true\n{pair}{header}", nginx.host));
+    assert_eq!(open(&options).manifest("v1").await.unwrap().digest, sample.manifest);
+}
