@@ -46,10 +46,7 @@ impl Registry {
 
     /// The hosts that may be reached without TLS.
     pub(crate) fn insecure(&self, reference: &Reference) -> Vec<String> {
-        match reference {
-            Reference::Registry(name) if self.plain_http => vec![name.host().to_owned()],
-            _ => Vec::new(),
-        }
+        reference.host().filter(|_| self.plain_http).into_iter().collect()
     }
 
     pub(crate) fn ca(&self) -> Result<Option<PathBuf>> {
@@ -61,8 +58,8 @@ impl Registry {
     /// How to reach the registry that `reference` names.
     pub(crate) fn options(&self, reference: &Reference) -> Result<RegistryOptions> {
         let mut credentials = Credentials::lookup();
-        if let (Some((user, password)), Reference::Registry(name)) = (self.login()?, reference) {
-            credentials = credentials.with_password(name.host(), user, Secret::new(password));
+        if let (Some((user, password)), Some(host)) = (self.login()?, reference.host()) {
+            credentials = credentials.with_password(&host, user, Secret::new(password));
         }
         let http = HttpOptions {
             insecure: self.insecure(reference),
@@ -96,7 +93,7 @@ impl Registry {
 /// A folder for work files: beside a destination on disk, so that finished ones are renamed, not copied.
 pub(crate) fn scratch(destination: &Reference) -> Result<TempDir> {
     let made = match destination {
-        Reference::Registry(_) => tempfile::tempdir(),
+        Reference::Registry(_) | Reference::Origin(_) => tempfile::tempdir(),
         Reference::Layout { dir: path, .. }
         | Reference::Archive { file: path, .. }
         | Reference::Tree(path) => {
@@ -115,6 +112,7 @@ pub(crate) fn output(destination: &Reference, scratch: &TempDir) -> Result<(Layo
         Reference::Layout { dir, tag } => (Layout::open_or_create(dir)?, tag.clone()),
         Reference::Archive { tag, .. } => (Layout::create(scratch.path().join("image"))?, tag.clone()),
         Reference::Registry(_) => (Layout::create(scratch.path().join("image"))?, None),
+        Reference::Origin(name) => bail!("images are only read from {name}, not written"),
         Reference::Tree(dir) => bail!("{} is a plain directory and holds no image", dir.display()),
     })
 }

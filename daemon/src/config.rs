@@ -1,10 +1,12 @@
 //! `skimmerd.toml`: every option has a default, an unknown one is an error that names key, line and file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use skimmer_client::AttachMode;
+use skimmer_fetcher::http::Version;
 
 /// The file read when none is named and it exists.
 pub const DEFAULT_PATH: &str = "/etc/skimmer/skimmerd.toml";
@@ -144,13 +146,44 @@ impl Mount {
 }
 
 /// `[registry]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Registry {
     /// Hosts (`host[:port]`) that may be reached without TLS, besides loopback.
     pub insecure: Vec<String>,
     /// PEM file with additional certificate authorities.
     pub ca: Option<PathBuf>,
+    /// Directory of containerd's `HOST/hosts.toml`: mirrors, certificates. Empty for none.
+    pub hosts_dir: PathBuf,
+    /// Which HTTP is spoken.
+    pub http: Version,
+    /// Credential provider plugins of the kubelet.
+    pub credential_providers: Option<CredentialProviders>,
+    /// Options of S3, as the `object_store` crate names them.
+    pub s3: BTreeMap<String, String>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            insecure: Vec::new(),
+            ca: None,
+            hosts_dir: skimmer_fetcher::registry::DEFAULT_HOSTS_DIR.into(),
+            http: Version::default(),
+            credential_providers: None,
+            s3: BTreeMap::new(),
+        }
+    }
+}
+
+/// `[registry.credential_providers]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CredentialProviders {
+    /// The CredentialProviderConfig (`--image-credential-provider-config`).
+    pub config: PathBuf,
+    /// Where the plugins are (`--image-credential-provider-bin-dir`).
+    pub bin_dir: PathBuf,
 }
 
 /// `[fscache]`
@@ -285,6 +318,10 @@ impl Config {
         if self.mount.read_ahead_kib > 1 << 20 {
             return fail("mount.read_ahead_kib", "must be at most 1048576");
         }
+        let hosts_dir = &self.registry.hosts_dir;
+        if !hosts_dir.as_os_str().is_empty() && !hosts_dir.is_absolute() {
+            return fail("registry.hosts_dir", "must be an absolute path, or empty for none");
+        }
         let tag = &self.fscache.tag;
         if tag.is_empty() || tag.len() > 64 || !tag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             return fail("fscache.tag", "must be 1 to 64 letters, digits or `-`");
@@ -310,7 +347,11 @@ mod tests {
     #[test]
     fn the_printed_default_names_every_option() {
         let full = Config {
-            registry: Registry { ca: Some("/ca.pem".into()), ..Registry::default() },
+            registry: Registry {
+                ca: Some("/ca.pem".into()),
+                credential_providers: Some(CredentialProviders { config: "/a".into(), bin_dir: "/b".into() }),
+                ..Registry::default()
+            },
             ..Config::default()
         };
         let toml::Value::Table(tables) = toml::Value::try_from(full).unwrap() else { panic!("not a table") };
@@ -356,6 +397,7 @@ mod tests {
             ("[fetch]\nbudget_mib = 0", "fetch.budget_mib"),
             ("[fetch]\nmax_attempts = 0", "fetch.max_attempts"),
             ("[mount]\nprobe_timeout_s = 0", "mount.probe_timeout_s"),
+            ("[registry]\nhosts_dir = \"certs.d\"", "registry.hosts_dir"),
             ("[fscache]\ntag = \"a b\"", "fscache.tag"),
         ] {
             let message = parse(text).unwrap_err().to_string();

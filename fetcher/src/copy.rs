@@ -141,6 +141,9 @@ pub async fn copy(from: &Reference, to: &Reference, options: &CopyOptions) -> Re
             "{} is a plain directory, which holds no image",
             dir.display()
         ))),
+        (_, Reference::Origin(name)) => Err(CopyError::Destination(format!(
+            "{name}: images are only read from there; make oci:DIR and copy it there with the server's own tools"
+        ))),
         (_, Reference::Layout { dir, tag }) => {
             let dir = dir.clone();
             let layout = run(move || Layout::open_or_create(dir)).await?;

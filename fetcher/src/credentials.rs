@@ -4,6 +4,8 @@
 //! program must not hang us (that crate waits for it without limit, on the calling thread), and because
 //! podman's keys match by path prefix.
 
+mod kubelet;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -72,6 +74,7 @@ struct Inner {
     helper_dir: Option<PathBuf>,
     helper_timeout: Duration,
     helped: Mutex<HashMap<String, Credential>>,
+    kubelet: Option<kubelet::Providers>,
 }
 
 impl fmt::Debug for Credentials {
@@ -130,6 +133,7 @@ impl Credentials {
             helper_dir: None,
             helper_timeout: HELPER_TIMEOUT,
             helped: Mutex::default(),
+            kubelet: None,
         }))
     }
 
@@ -140,6 +144,7 @@ impl Credentials {
             helper_dir: self.0.helper_dir.clone(),
             helper_timeout: self.0.helper_timeout,
             helped: Mutex::default(),
+            kubelet: self.0.kubelet.clone(),
         };
         change(&mut inner);
         Self(Arc::new(inner))
@@ -168,6 +173,14 @@ impl Credentials {
         })
     }
 
+    /// Asks the kubelet's credential provider plugins when no file has anything: `config` is a
+    /// CredentialProviderConfig in YAML or JSON, `bin_dir` where the plugins are.
+    #[must_use]
+    pub fn with_kubelet(&self, config: &Path, bin_dir: &Path) -> Self {
+        let providers = kubelet::Providers::new(config, bin_dir);
+        self.change(|inner| inner.kubelet = Some(providers))
+    }
+
     /// Finds the credential for a repository of a host. `fresh` runs a credential program again although it
     /// has answered before; use it after the registry refused the answer.
     pub async fn find(&self, host: &str, repository: &str, fresh: bool) -> Found {
@@ -181,6 +194,17 @@ impl Credentials {
                 Ok(Some(credential)) => return Found { credential, problem },
                 Err(error) => {
                     let text = format!("credentials: {}: {error}", path.display());
+                    tracing::warn!("{text}");
+                    problem.get_or_insert(text);
+                }
+            }
+        }
+        if let Some(kubelet) = &self.0.kubelet {
+            match kubelet.find(host, repository, fresh, self.0.helper_timeout).await {
+                Ok(None) => {}
+                Ok(Some(credential)) => return Found { credential, problem },
+                Err(error) => {
+                    let text = format!("credentials: {error}");
                     tracing::warn!("{text}");
                     problem.get_or_insert(text);
                 }
@@ -336,29 +360,9 @@ async fn run(path: &Path, server: &str) -> Result<Option<Credential>, String> {
         #[serde(rename = "Secret")]
         secret: String,
     }
-    let mut child = tokio::process::Command::new(path)
-        .arg("get")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => "it is not installed (looked for it in PATH)".to_owned(),
-            _ => error.to_string(),
-        })?;
-    if let Some(mut input) = child.stdin.take() {
-        // A program that does not read its input may have ended already; its exit tells.
-        let _ = input.write_all(format!("{server}\n").as_bytes()).await;
-    }
-    let mut output = Vec::new();
-    if let Some(pipe) = child.stdout.take() {
-        pipe.take(HELPER_OUTPUT + 1).read_to_end(&mut output).await.map_err(|error| error.to_string())?;
-    }
-    if u64::try_from(output.len()).is_ok_and(|length| length > HELPER_OUTPUT) {
-        return Err(format!("it printed more than {HELPER_OUTPUT} bytes"));
-    }
-    let status = child.wait().await.map_err(|error| error.to_string())?;
+    let mut command = tokio::process::Command::new(path);
+    command.arg("get");
+    let (status, output) = exchange(command, format!("{server}\n").as_bytes()).await?;
     if !status.success() {
         let text = String::from_utf8_lossy(&output).to_lowercase();
         // The protocol's way to say that there is nothing for this host.
@@ -371,6 +375,35 @@ async fn run(path: &Path, server: &str) -> Result<Option<Credential>, String> {
         "" | "<token>" => Credential::IdentityToken(Secret(answer.secret)),
         _ => Credential::Password { user: answer.user, password: Secret(answer.secret) },
     }))
+}
+
+/// Runs a program with something on its input, and gives what it printed.
+async fn exchange(
+    mut command: tokio::process::Command,
+    input: &[u8],
+) -> Result<(std::process::ExitStatus, Vec<u8>), String> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => "it is not installed (looked for it in PATH)".to_owned(),
+            _ => error.to_string(),
+        })?;
+    if let Some(mut pipe) = child.stdin.take() {
+        // A program that does not read its input may have ended already; its exit tells.
+        let _ = pipe.write_all(input).await;
+    }
+    let mut output = Vec::new();
+    if let Some(pipe) = child.stdout.take() {
+        pipe.take(HELPER_OUTPUT + 1).read_to_end(&mut output).await.map_err(|error| error.to_string())?;
+    }
+    if u64::try_from(output.len()).is_ok_and(|length| length > HELPER_OUTPUT) {
+        return Err(format!("it printed more than {HELPER_OUTPUT} bytes"));
+    }
+    Ok((child.wait().await.map_err(|error| error.to_string())?, output))
 }
 
 #[cfg(test)]

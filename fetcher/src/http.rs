@@ -181,8 +181,9 @@ pub struct Pool {
 impl Pool {
     /// What is known of the host of a URL. Hosts are few: what was learned of one is kept.
     pub(crate) fn health(&self, url: &Url) -> Arc<Health> {
+        let host = format!("{}://{}", url.scheme(), host_of(url));
         let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(health.entry(url.origin().ascii_serialization()).or_default())
+        Arc::clone(health.entry(host).or_default())
     }
 
     pub(crate) fn clients(&self, options: &HttpOptions) -> Arc<Clients> {

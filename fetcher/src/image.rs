@@ -12,6 +12,7 @@ use crate::oci::{
     self, BOOTSTRAP_PATH, Descriptor, Document, DocumentError, Flavour, ImageManifest, MAX_CONFIG, Platform,
     RawManifest,
 };
+use crate::origin::Origin;
 use crate::reference::Reference;
 use crate::registry::{RegistryOptions, Repository};
 use crate::retry::Backoff;
@@ -151,6 +152,7 @@ pub(crate) enum Place {
     Registry(Repository),
     Layout(Layout),
     Archive { archive: Archive, documents: Layout },
+    Origin(Origin),
 }
 
 impl Place {
@@ -161,6 +163,9 @@ impl Place {
             Reference::Tree(dir) => Err(ImageError::Tree(dir.display().to_string())),
             Reference::Registry(name) => Repository::new(name, options)
                 .map(Place::Registry)
+                .map_err(|error| ImageError::Source { image, error }),
+            Reference::Origin(origin) => Origin::new(origin, options)
+                .map(Place::Origin)
                 .map_err(|error| ImageError::Source { image, error }),
             Reference::Layout { dir, .. } => {
                 let dir = dir.clone();
@@ -184,6 +189,7 @@ impl Place {
             Place::Registry(registry) => Arc::new(registry.clone()),
             Place::Layout(layout) => Arc::new(layout.clone()),
             Place::Archive { archive, .. } => Arc::new(archive.clone()),
+            Place::Origin(origin) => Arc::new(origin.clone()),
         }
     }
 
@@ -193,6 +199,9 @@ impl Place {
         match (self, reference) {
             (Place::Registry(registry), Reference::Registry(name)) => {
                 registry.manifest(&name.selector()).await.map_err(|error| ImageError::Source { image, error })
+            }
+            (Place::Origin(origin), Reference::Origin(name)) => {
+                origin.top(name.tag()).await.map_err(|error| ImageError::Source { image, error })
             }
             (
                 Place::Layout(layout) | Place::Archive { documents: layout, .. },
@@ -218,6 +227,10 @@ impl Place {
         match self {
             Place::Registry(registry) => registry
                 .manifest(&blob.digest.to_string())
+                .await
+                .map_err(|error| ImageError::Source { image: image.to_owned(), error }),
+            Place::Origin(origin) => origin
+                .manifest(descriptor)
                 .await
                 .map_err(|error| ImageError::Source { image: image.to_owned(), error }),
             Place::Layout(layout) | Place::Archive { documents: layout, .. } => {

@@ -239,6 +239,16 @@ impl Layout {
         Ok(BlobWriter { layout: self.clone(), file, hasher: Hasher::new(), written: 0 })
     }
 
+    /// The image that a tag names in the bytes of an `index.json`, or the only one; `place` is for messages.
+    pub(crate) fn choose(index: &[u8], place: &str, tag: Option<&str>) -> Result<Descriptor> {
+        let path = PathBuf::from(place);
+        let index = oci::parse_index(index).map_err(|error| LayoutError::NotALayout {
+            path,
+            problem: format!("file `index.json`: {error}"),
+        })?;
+        Self::at(Path::new(place)).pick(&index, tag)
+    }
+
     /// The index of images.
     pub fn index(&self) -> Result<ImageIndex> {
         let path = self.root.join("index.json");
@@ -293,7 +303,10 @@ impl Layout {
 
     /// The descriptor of an image: by tag, or the only one of the index.
     pub fn resolve(&self, tag: Option<&str>) -> Result<Descriptor> {
-        let index = self.index()?;
+        self.pick(&self.index()?, tag)
+    }
+
+    fn pick(&self, index: &ImageIndex, tag: Option<&str>) -> Result<Descriptor> {
         let entries = index.manifests();
         let none = |problem: String| LayoutError::NoImage {
             path: self.root.clone(),
@@ -315,7 +328,7 @@ impl Layout {
                 [first, rest @ ..] if rest.iter().all(|entry| entry.digest() == first.digest()) => {
                     Ok(first.clone())
                 }
-                _ => Err(none("it holds several images; add the name of one (oci:DIR:TAG)".to_owned())),
+                _ => Err(none("it holds several images; add `:` and the name of one".to_owned())),
             },
         }
     }

@@ -10,15 +10,18 @@
 #![forbid(unsafe_code)]
 
 pub mod archive;
+mod bucket;
 pub mod chunk;
 pub mod copy;
 pub mod credentials;
 pub mod digest;
+mod duration;
 pub mod http;
 pub mod image;
 pub mod layout;
 mod local;
 pub mod oci;
+pub mod origin;
 pub mod reference;
 pub mod registry;
 mod retry;

@@ -2,11 +2,13 @@
 //!
 //! `docker://host/name:tag`, `oci:DIR[:TAG]` and `oci-archive:FILE[:TAG]` say what they are. Without a
 //! transport, a directory with an `oci-layout` file is an OCI layout, any other directory is a tree to pack,
-//! and `host/name:tag` is a registry reference.
+//! and `host/name:tag` is a registry reference. `https://…` and `s3://…` are OCI layouts behind a URL.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use url::Url;
 
 use crate::digest::Digest;
 
@@ -29,8 +31,69 @@ pub enum Reference {
         /// The name to pick; without one, the only image.
         tag: Option<String>,
     },
+    /// An image in an OCI layout behind a URL.
+    Origin(OriginRef),
     /// A plain directory to pack.
     Tree(PathBuf),
+}
+
+/// An OCI layout behind a URL: `https://HOST/PATH[:TAG]` or `s3://BUCKET/PATH[:TAG]`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct OriginRef {
+    url: Url,
+    tag: Option<String>,
+}
+
+impl OriginRef {
+    fn parse(name: &str) -> Result<Self, ReferenceError> {
+        let (place, tag) = match name.rsplit_once(':') {
+            // A colon of the scheme or of a port is followed by a slash.
+            Some((place, tag)) if !tag.contains('/') && place.matches('/').count() > 2 => (place, Some(tag)),
+            _ => (name, None),
+        };
+        if tag.is_some_and(|tag| !is_layout_tag(tag)) {
+            return Err(bad(name, "the part after the last `:` is no image tag"));
+        }
+        let url = Url::parse(place).map_err(|error| bad(name, &format!("it is no URL: {error}")))?;
+        if url.host_str().is_none_or(str::is_empty) || url.cannot_be_a_base() {
+            return Err(bad(name, "the URL has no host or bucket"));
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(bad(
+                "(URL)",
+                "a URL must not hold a user or password; log in, or use the configuration",
+            ));
+        }
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(bad("(URL)", "a URL of an image has neither a query nor a fragment"));
+        }
+        Ok(Self { url, tag: tag.map(str::to_owned) })
+    }
+
+    /// Where the layout is.
+    pub fn url(&self) -> &Url {
+        &self.url
+    }
+
+    /// The image's name in the layout; without one, the only image.
+    pub fn tag(&self) -> Option<&str> {
+        self.tag.as_deref()
+    }
+
+    /// `host[:port]`, or the bucket's name.
+    pub fn host(&self) -> String {
+        crate::http::host_of(&self.url)
+    }
+}
+
+impl fmt::Display for OriginRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.url.as_str().trim_end_matches('/'))?;
+        match &self.tag {
+            Some(tag) => write!(f, ":{tag}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// An image in a registry: `host/repository[:tag][@digest]`.
@@ -171,6 +234,7 @@ impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (transport, path, tag) = match self {
             Self::Registry(name) => return write!(f, "docker://{name}"),
+            Self::Origin(origin) => return write!(f, "{origin}"),
             Self::Tree(dir) => return write!(f, "{}", dir.display()),
             Self::Layout { dir, tag } => ("oci", dir, tag),
             Self::Archive { file, tag } => ("oci-archive", file, tag),
@@ -281,21 +345,16 @@ fn with_transport(name: &str) -> Option<Result<Reference, ReferenceError>> {
     if let Some(rest) = name.strip_prefix("oci:") {
         return Some(split_path(name, rest).map(|(dir, tag)| Reference::Layout { dir, tag }));
     }
+    if ["https://", "http://", "s3://"].iter().any(|scheme| name.starts_with(scheme)) {
+        return Some(OriginRef::parse(name).map(Reference::Origin));
+    }
     // A transport of skopeo that we do not have, or a URL, deserves a better word than a parse error.
-    let known = [
-        "docker-archive:",
-        "docker-daemon:",
-        "containers-storage:",
-        "dir:",
-        "ostree:",
-        "http://",
-        "https://",
-    ];
+    let known = ["docker-archive:", "docker-daemon:", "containers-storage:", "dir:", "ostree:"];
     let unknown = known.iter().find(|known| name.starts_with(**known))?;
     Some(Err(bad(
         name,
         &format!(
-            "`{unknown}` is not supported; use docker://HOST/NAME:TAG, oci:DIR[:TAG] or oci-archive:FILE"
+            "`{unknown}` is not supported; use docker://HOST/NAME:TAG, oci:DIR[:TAG], oci-archive:FILE, https:// or s3://"
         ),
     )))
 }
@@ -352,9 +411,32 @@ impl Reference {
         RegistryRef::parse(name).map(Self::Registry)
     }
 
+    /// `host[:port]` of the server that is asked, when one is.
+    pub fn host(&self) -> Option<String> {
+        match self {
+            Self::Registry(name) => Some(name.host().to_owned()),
+            Self::Origin(origin) => Some(origin.host()),
+            Self::Layout { .. } | Self::Archive { .. } | Self::Tree(_) => None,
+        }
+    }
+
+    /// The tag or name of the image in its place, if one was given.
+    pub fn tag(&self) -> Option<&str> {
+        match self {
+            Self::Registry(name) => name.tag(),
+            Self::Origin(origin) => origin.tag(),
+            Self::Layout { tag, .. } | Self::Archive { tag, .. } => tag.as_deref(),
+            Self::Tree(_) => None,
+        }
+    }
+
     /// Reads the name of an image to write. Without a transport, a path is an OCI layout to make.
     pub fn parse_destination(name: &str) -> Result<Self, ReferenceError> {
         if let Some(result) = with_transport(name) {
+            if let Ok(Self::Origin(_)) = result {
+                let way = "images are only read from there; make oci:DIR and copy it there with the server's own tools";
+                return Err(bad(name, way));
+            }
             return result;
         }
         if name.is_empty() {
@@ -442,9 +524,33 @@ mod tests {
         );
         assert_eq!(parse("oci:/d"), Reference::Layout { dir: "/d".into(), tag: None });
         assert_eq!(parse("oci-archive:x.tar"), Reference::Archive { file: "x.tar".into(), tag: None });
-        for text in ["oci:", "oci:d:", "oci-archive::t", "docker://", "dir:/x", "https://h.io/a", ""] {
+        for text in ["oci:", "oci:d:", "oci-archive::t", "docker://", "dir:/x", "https://", ""] {
             assert!(Reference::parse_source(text).is_err(), "{text}");
             assert!(Reference::parse_destination(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn layouts_behind_urls() {
+        for (text, url, tag, host) in [
+            ("https://h.io/a/b", "https://h.io/a/b", None, "h.io"),
+            ("https://h.io:8443/a/b/:v1.2", "https://h.io:8443/a/b/", Some("v1.2"), "h.io:8443"),
+            ("https://h.io:8443", "https://h.io:8443/", None, "h.io:8443"),
+            ("s3://bucket/p/img:x", "s3://bucket/p/img", Some("x"), "bucket"),
+            ("s3://bucket", "s3://bucket", None, "bucket"),
+        ] {
+            let Ok(Reference::Origin(origin)) = Reference::parse_source(text) else { panic!("{text}") };
+            assert_eq!((origin.url().as_str(), origin.tag(), &*origin.host()), (url, tag, host), "{text}");
+            let again = origin.to_string();
+            let Ok(Reference::Origin(same)) = Reference::parse_source(&again) else { panic!("{again}") };
+            assert_eq!(same.to_string(), again);
+            assert!(Reference::parse_destination(text).is_err(), "{text}");
+        }
+        for text in
+            ["https://", "s3://", "https://h.io/a:-x", "https://h.io/a?sig=s3cret", "https://u:s3cret@h.io/a"]
+        {
+            let error = Reference::parse_source(text).unwrap_err().to_string();
+            assert!(!error.contains("s3cret"), "{error}");
         }
     }
 

@@ -47,6 +47,13 @@ pub trait Source: Send + Sync {
     /// error. An empty range, or one that leaves the blob, is an error of class [`ErrorClass::BadRange`].
     async fn read(&self, blob: &BlobRef, range: Range<u64>, urgency: Urgency) -> Result<Body, SourceError>;
 
+    /// As [`read`](Self::read), from a copy of the whole blob that is downloaded once: for a source whose server
+    /// ignores ranges.
+    async fn read_whole(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
+        let detail = "it cannot give a whole blob";
+        Err(SourceError::new(ErrorClass::Unsupported, self.name(), detail).reading(blob, range))
+    }
+
     /// How many hosts it can turn to, one after the other, when bytes turn out wrong.
     fn width(&self) -> u32 {
         1

@@ -209,6 +209,42 @@ async fn the_registrys_password_is_not_for_mirrors() {
     assert!(world.upstream.take_log().iter().any(|request| request.authorized));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn without_ranges_the_whole_blob_is_downloaded_once() {
+    let world = world();
+    for server in world.mirrors.iter().chain([&world.upstream]) {
+        server.fault(Fault::IgnoreRange);
+    }
+    let source = world.repository();
+    let (blob, first) = (world.sample.blob, world.sample.chunks[3].0.stored_offset);
+    let all = std::fs::read(world.sample.layout.blob_path(&blob.digest)).unwrap();
+    let read = async |range: std::ops::Range<u64>| {
+        let body = source.read(&blob, range.clone(), Urgency::Demand).await.unwrap();
+        let at = |byte: u64| usize::try_from(byte).unwrap();
+        assert!(body.collect().await.unwrap() == all[at(range.start)..at(range.end)], "{range:?}");
+    };
+    read(first..blob.size).await;
+    let asked = world.asked();
+    // Each was asked for the range, and one of them for the blob; from then on nobody is asked.
+    assert_eq!(asked, [2, 1, 1]);
+    futures_util::future::join_all((1..20).map(|n| read(n * 1000..n * 1000 + 5000))).await;
+    assert_eq!(world.asked(), asked);
+    assert_eq!(world.fetch_all(&source).await.unwrap(), 22);
+    // A download that breaks off is begun again, and given up after some times.
+    let broken = self::world();
+    for server in broken.mirrors.iter().chain([&broken.upstream]) {
+        server.fault(Fault::IgnoreRange);
+    }
+    let source = broken.repository();
+    source.read(&blob, 5..6, Urgency::Demand).await.unwrap();
+    broken.mirrors[0].fault(Fault::Status { code: 503, headers: Vec::new(), body: Vec::new() });
+    let other = broken.sample.manifest;
+    let size = std::fs::metadata(broken.sample.layout.blob_path(&other)).unwrap().len();
+    let other = skimmer_fetcher::BlobRef { digest: other, size };
+    let error = source.read(&other, 5..6, Urgency::Demand).await.unwrap_err();
+    assert!(error.to_string().contains("503"), "{error}");
+}
+
 /// nginx before a real registry: TLS, a client certificate, and HTTP/2.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mirror_that_wants_a_client_certificate() {

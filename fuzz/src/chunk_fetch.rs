@@ -6,6 +6,7 @@ use arbitrary::{Result, Unstructured};
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use skimmer_fetcher::chunk::{self, ChunkError, ChunkSpec, FetchError};
+use skimmer_fetcher::source::Urgency;
 use skimmer_fetcher::{BlobRef, Body, Digest, ErrorClass, Source, SourceError};
 
 use crate::chunk::{coding, with_hex};
@@ -21,7 +22,12 @@ impl Source for Scripted {
         "scripted"
     }
 
-    async fn read(&self, blob: &BlobRef, range: Range<u64>, _: Urgency) -> std::result::Result<Body, SourceError> {
+    async fn read(
+        &self,
+        blob: &BlobRef,
+        range: Range<u64>,
+        _: Urgency,
+    ) -> std::result::Result<Body, SourceError> {
         let fail = |class| SourceError::new(class, "scripted", "as told");
         let pieces: Vec<_> = self.pieces.iter().map(|piece| piece.clone().map_err(fail)).collect();
         Ok(Body::new("scripted", blob, range, None, stream::iter(pieces).boxed()))

@@ -1,6 +1,8 @@
 //! What the tests of all crates share: skips that are counted, and directories on a real file system.
 #![forbid(unsafe_code)]
 
+pub mod tools;
+
 use std::fs::File;
 use std::io::Write;
 use std::panic::Location;

@@ -7,6 +7,7 @@ mod demo;
 mod docs;
 mod run;
 mod test;
+mod tools;
 
 use clap::Parser;
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use skimmer_vm_images::apt;
 
-use crate::{docs, run};
+use crate::{docs, run, tools};
 
 /// Programs of Debian that the tests use as real counterparts and oracles.
 const PACKAGES: &[&str] = &[
@@ -47,6 +47,7 @@ struct Totals {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     apt::ensure(PACKAGES)?;
+    tools::ensure()?;
     if !options.no_lint {
         step("format");
         run::check(&mut run::cargo(&["fmt", "--all", "--check"]))?;

@@ -9,6 +9,7 @@ use serde::Serialize;
 use skimmer_fetcher::chunk::{ChunkSpec, verify};
 use skimmer_fetcher::digest::Hasher;
 use skimmer_fetcher::image::{Remote, open};
+use skimmer_fetcher::source::Urgency;
 use skimmer_fetcher::{BlobRef, Reference, SourceError};
 use skimmer_mkfs::device::chunk_spec;
 use zerocopy::FromBytes;
@@ -152,7 +153,7 @@ async fn read(remote: &Remote, layer: &BlobRef, walk: &mut Walk, bar: &ProgressB
         Ok(())
     };
     while walk.position < layer.size {
-        let mut body = match remote.source.read(layer, walk.position..layer.size).await {
+        let mut body = match remote.source.read(layer, walk.position..layer.size, Urgency::Demand).await {
             Ok(body) => body,
             Err(error) => {
                 failed(error)?;

@@ -81,13 +81,13 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
             let layout = Archive::unpack(file, scratch.path().join("source"))?;
             (Input::Layout { layout, selector: Selector { tag: tag.clone(), platform } }, tag.clone())
         }
-        Reference::Registry(name) => {
+        Reference::Registry(_) | Reference::Origin(_) => {
             let layout = Layout::create(scratch.path().join("source"))?;
             let images = Images::One(platform.clone(), Flavour::Plain);
             let copying = options.registry.copy_options(&source, images, &bar)?;
             copy::pull(&source, &layout, None, &copying).await?;
             let selector = Selector { tag: None, platform };
-            (Input::Layout { layout, selector }, name.tag().map(str::to_owned))
+            (Input::Layout { layout, selector }, source.tag().map(str::to_owned))
         }
     };
     let (output, tag) = image::output(&destination, &scratch)?;

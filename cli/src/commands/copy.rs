@@ -48,8 +48,11 @@ pub(crate) async fn push(options: Push, global: &Global) -> Result<()> {
 pub(crate) async fn pull(options: Pull, global: &Global) -> Result<()> {
     let source = Reference::parse_source(&options.source)?;
     let destination = Reference::parse_destination(&options.destination)?;
-    if !matches!(source, Reference::Registry(_)) {
-        bail!("{} is no image in a registry; write docker://HOST/NAME:TAG", options.source);
+    if source.host().is_none() {
+        bail!(
+            "{} is no image in a registry; write docker://HOST/NAME:TAG, https:// or s3://",
+            options.source
+        );
     }
     let images = match options.platform {
         Some(platform) => Images::One(platform, Flavour::PreferConverted),

@@ -67,7 +67,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
 fn absolute(reference: &Reference) -> Result<String> {
     let mut reference = reference.clone();
     match &mut reference {
-        Reference::Registry(_) => {}
+        Reference::Registry(_) | Reference::Origin(_) => {}
         Reference::Layout { dir: path, .. } | Reference::Archive { file: path, .. } => {
             *path = path.canonicalize().with_context(|| format!("cannot open {}", path.display()))?;
         }

@@ -52,13 +52,13 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
             let opened = Reference::Layout { dir: layout.root().to_owned(), tag: tag.clone() };
             (layout, opened, tag.clone())
         }
-        Reference::Registry(name) => {
+        Reference::Registry(_) | Reference::Origin(_) => {
             let layout = Layout::create(scratch.path().join("source"))?;
             let images = Images::One(Platform::host(), Flavour::PreferConverted);
             let copying = options.registry.copy_options(&source, images, &bar)?;
             copy::pull(&source, &layout, None, &copying).await?;
             let opened = Reference::Layout { dir: layout.root().to_owned(), tag: None };
-            (layout, opened, name.tag().map(str::to_owned))
+            (layout, opened, source.tag().map(str::to_owned))
         }
     };
     let remote = skimmer_fetcher::image::open(&opened, &options.registry.open_options(&opened)?).await?;

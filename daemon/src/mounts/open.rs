@@ -11,6 +11,7 @@ use skimmer_fetcher::credentials::Secret;
 use skimmer_fetcher::http::{HttpOptions, Timeouts};
 use skimmer_fetcher::image::OpenOptions;
 use skimmer_fetcher::layout::Layout;
+use skimmer_fetcher::origin::Origin;
 use skimmer_fetcher::reference::Reference;
 use skimmer_fetcher::registry::{RegistryOptions, Repository};
 use skimmer_fetcher::source::Source;
@@ -140,6 +141,9 @@ impl Mounts {
             Reference::Registry(name) => {
                 Arc::new(Repository::new(&name, &options).map_err(|error| failed(&error))?)
             }
+            Reference::Origin(name) => {
+                Arc::new(Origin::new(&name, &options).map_err(|error| failed(&error))?)
+            }
             Reference::Layout { dir, .. } => Arc::new(Layout::open(dir).map_err(|error| failed(&error))?),
             Reference::Archive { file, .. } => Arc::new(Archive::open(file).map_err(|error| failed(&error))?),
             Reference::Tree(_) => return Err(failed(&"is a plain directory")),
@@ -158,15 +162,22 @@ impl Mounts {
             http: HttpOptions {
                 timeouts: Timeouts::on_demand(),
                 insecure: config.insecure.iter().chain(insecure).cloned().collect(),
-                https: Vec::new(),
                 extra_ca: config.ca.iter().map(PathBuf::as_path).chain(ca).map(Path::to_owned).collect(),
+                version: config.http,
+                ..HttpOptions::default()
             },
             pool: self.pool.clone(),
+            hosts_dir: Some(config.hosts_dir.clone()).filter(|dir| !dir.as_os_str().is_empty()),
+            spool_dir: Some(self.config.root.clone()),
+            s3: config.s3.iter().map(|(key, value)| (key.clone(), Secret::new(value))).collect(),
             ..RegistryOptions::default()
         };
-        if let (Some(login), Reference::Registry(name)) = (login, reference) {
+        if let Some(providers) = &config.credential_providers {
+            options.credentials = options.credentials.with_kubelet(&providers.config, &providers.bin_dir);
+        }
+        if let (Some(login), Some(host)) = (login, reference.host()) {
             let password = Secret::new(&login.password);
-            options.credentials = options.credentials.with_password(name.host(), &login.username, password);
+            options.credentials = options.credentials.with_password(&host, &login.username, password);
         }
         options
     }

@@ -38,11 +38,12 @@ struct Progress {
 
 impl Registry {
     async fn request(&self, blob: &BlobRef, range: &Range<u64>) -> Result<Reply, SourceError> {
-        if range.start > 0 && self.ignores_ranges() {
+        // A copy of the whole is the better source of its front, too.
+        if self.ignores_ranges() && (range.start > 0 || self.inner.spools.has(&blob.digest)) {
             let detail = "the server ignored ranges a short while ago";
             return Err(self.error(ErrorClass::NoRanges, detail));
         }
-        let url = self.url(&format!("blobs/{}", blob.digest))?;
+        let url = self.blob_url(&blob.digest)?;
         let mut call = self.call(Method::GET, url, Access::Pull, Use::Blobs);
         call.blob = Some(blob.digest);
         let header = HeaderValue::try_from(format!("bytes={}-{}", range.start, range.end - 1));
@@ -65,6 +66,15 @@ impl Registry {
 }
 
 impl Progress {
+    fn body(self, range: Range<u64>) -> Body {
+        let (name, blob) = (self.registry.inner.name.clone(), self.blob);
+        let pieces = stream::try_unfold(self, |mut progress| async move {
+            Ok(progress.next().await?.map(|piece| (piece, progress)))
+        });
+        // The limits on waiting are kept here, since a read may span several requests.
+        Body::new(name, &blob, range, None, pieces.boxed())
+    }
+
     fn error(&self, class: ErrorClass, detail: impl Into<Box<str>>) -> SourceError {
         self.registry.error(class, detail).reading(&self.blob, self.at..self.end)
     }
@@ -159,11 +169,12 @@ impl Source for Registry {
             reply: Some(reply),
             shorts: 0,
         };
-        let pieces = stream::try_unfold(progress, |mut progress| async move {
-            Ok(progress.next().await?.map(|piece| (piece, progress)))
-        });
-        // The limits on waiting are kept above, since a read may span several requests.
-        Ok(Body::new(&self.inner.name, blob, range, None, pieces.boxed()))
+        Ok(progress.body(range))
+    }
+
+    async fn read_whole(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
+        check_range(&self.inner.name, blob, &range)?;
+        self.inner.spools.read(self, blob, range).await
     }
 
     async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError> {
@@ -172,8 +183,62 @@ impl Source for Registry {
 }
 
 impl Registry {
+    /// A small file beside the blobs of a folder on a web server.
+    pub(crate) async fn file(&self, name: &str, cap: u64) -> Result<Vec<u8>, SourceError> {
+        let what = || format!("file `{name}`");
+        let call = self.call(Method::GET, self.url(name)?, Access::Pull, Use::Documents);
+        let mut response = self.send(&call).await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.unexpected(&what(), response).await);
+        }
+        let idle = self.inner.clients.options().timeouts.idle;
+        let mut bytes = Vec::new();
+        loop {
+            let piece = match tokio::time::timeout(idle, response.chunk()).await {
+                Ok(Ok(Some(piece))) => piece,
+                Ok(Ok(None)) => return Ok(bytes),
+                Ok(Err(error)) => {
+                    return Err(http::transport_error(&self.inner.name, response.url(), &error));
+                }
+                Err(_) => {
+                    let detail = format!("{}: no byte came for {} ms", what(), idle.as_millis());
+                    return Err(self.error(ErrorClass::Transient, detail));
+                }
+            };
+            bytes.extend_from_slice(&piece);
+            if u64::try_from(bytes.len()).is_ok_and(|length| length > cap) {
+                let detail = format!("{} is larger than {cap} bytes", what());
+                return Err(self.error(ErrorClass::BadReply, detail));
+            }
+        }
+    }
+
+    /// The whole blob, from its first byte.
+    pub(super) async fn whole(&self, blob: &BlobRef) -> Result<Body, SourceError> {
+        let url = self.blob_url(&blob.digest)?;
+        let mut call = self.call(Method::GET, url, Access::Pull, Use::Blobs);
+        call.blob = Some(blob.digest);
+        let response = self.send(&call).await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.unexpected("blob", response).await);
+        }
+        if let Err((class, detail)) = judge(response.status(), response.headers(), &(0..blob.size), blob.size)
+        {
+            return Err(self.error(class, detail));
+        }
+        let progress = Progress {
+            registry: self.clone(),
+            blob: *blob,
+            at: 0,
+            end: blob.size,
+            reply: Some(Reply { response, end: blob.size, whole: true }),
+            shorts: 0,
+        };
+        Ok(progress.body(0..blob.size))
+    }
+
     pub(super) async fn has_blob(&self, blob: &BlobRef, access: Access) -> Result<bool, SourceError> {
-        let url = self.url(&format!("blobs/{}", blob.digest))?;
+        let url = self.blob_url(&blob.digest)?;
         let response = self.send(&self.call(Method::HEAD, url, access, Use::Blobs)).await?;
         match response.status() {
             StatusCode::OK => {

@@ -9,6 +9,7 @@ mod manifest;
 mod range;
 mod redirect;
 mod repository;
+mod spool;
 mod upload;
 
 use std::path::PathBuf;
@@ -22,7 +23,8 @@ use url::Url;
 use self::auth::{Access, Auth};
 use self::endpoint::Endpoint;
 use self::redirect::Targets;
-use crate::credentials::Credentials;
+use self::spool::Spools;
+use crate::credentials::{Credentials, Secret};
 use crate::digest::Digest;
 use crate::http::{self, Clients, HttpOptions, Pool, Use};
 use crate::reference::RegistryRef;
@@ -43,6 +45,11 @@ pub struct RegistryOptions {
     pub pool: Pool,
     /// Directory with containerd's `HOST/hosts.toml`: mirrors, and how to reach hosts. `None` looks for none.
     pub hosts_dir: Option<PathBuf>,
+    /// Where whole blobs of a server without ranges are kept while they are read; `None` for the system's place for
+    /// temporary files.
+    pub spool_dir: Option<PathBuf>,
+    /// Options of S3, by the names that the `object_store` crate has for them (`endpoint`, `region`, …).
+    pub s3: Vec<(String, Secret)>,
     /// Blobs larger than this are uploaded in pieces of this many bytes.
     pub upload_piece: u64,
 }
@@ -57,6 +64,8 @@ impl Default for RegistryOptions {
             http: HttpOptions::default(),
             pool: Pool::default(),
             hosts_dir: Some(DEFAULT_HOSTS_DIR.into()),
+            spool_dir: None,
+            s3: Vec::new(),
             upload_piece: 64 << 20,
         }
     }
@@ -74,6 +83,8 @@ struct Inner {
     host: String,
     repository: String,
     base: Url,
+    /// Whether it is a folder of plain files.
+    files: bool,
     /// The registry whose content a mirror is to give (`ns`).
     namespace: Option<String>,
     /// What the host is to be sent besides, and nobody else.
@@ -83,6 +94,9 @@ struct Inner {
     auth: Auth,
     targets: Targets,
     upload_piece: u64,
+    spools: Spools,
+    /// Where whole blobs of a server without ranges are kept for a while.
+    spool_dir: Option<PathBuf>,
     /// Until when the host counts as one that ignores ranges.
     no_ranges: Mutex<Option<Instant>>,
 }
@@ -118,6 +132,18 @@ impl Registry {
         Self::at(endpoint, reference, options)
     }
 
+    /// A folder of files on a web server, in which blobs lie as in an OCI layout.
+    pub(crate) fn of_files(url: &Url, options: &RegistryOptions) -> Result<Self, SourceError> {
+        let mut root = url.clone();
+        root.set_path(&format!("{}/", url.path().trim_end_matches('/')));
+        let host = http::host_of(url);
+        let repository = url.path().trim_matches('/').to_owned();
+        let name = url.as_str().trim_end_matches('/').to_owned();
+        let endpoint =
+            Endpoint { root, host, namespace: None, headers: HeaderMap::new(), http: options.http.clone() };
+        Ok(Self::with(name, endpoint.root.clone(), endpoint, repository, options, true))
+    }
+
     /// A repository at one of the hosts that serve it.
     pub(crate) fn at(
         endpoint: Endpoint,
@@ -125,24 +151,36 @@ impl Registry {
         options: &RegistryOptions,
     ) -> Result<Self, SourceError> {
         let repository = reference.repository();
-        let Endpoint { root, host, namespace, headers, http } = endpoint;
-        let name = match &namespace {
-            None => format!("{host}/{repository}"),
-            Some(namespace) => format!("{host} for {namespace}/{repository}"),
+        let name = match &endpoint.namespace {
+            None => format!("{}/{repository}", endpoint.host),
+            Some(namespace) => format!("{} for {namespace}/{repository}", endpoint.host),
         };
-        let base = root.join(&format!("{repository}/")).map_err(|error| {
+        let base = endpoint.root.join(&format!("{repository}/")).map_err(|error| {
             let detail = format!("no URL can be made of it: {error}");
             SourceError::new(ErrorClass::Unsupported, name.as_str(), detail)
         })?;
+        Ok(Self::with(name, base, endpoint, repository.to_owned(), options, false))
+    }
+
+    fn with(
+        name: String,
+        base: Url,
+        endpoint: Endpoint,
+        repository: String,
+        options: &RegistryOptions,
+        files: bool,
+    ) -> Self {
+        let Endpoint { host, namespace, headers, http, .. } = endpoint;
         let clients = options.pool.clients(&http);
         let health = options.pool.health(&base);
-        let auth = Auth::new(&name, &host, repository, options.credentials.clone(), Arc::clone(&clients));
-        Ok(Self {
+        let auth = Auth::new(&name, &host, &repository, options.credentials.clone(), Arc::clone(&clients));
+        Self {
             inner: Arc::new(Inner {
                 name,
                 host,
-                repository: repository.to_owned(),
+                repository,
                 base,
+                files,
                 namespace,
                 headers,
                 clients,
@@ -150,9 +188,11 @@ impl Registry {
                 auth,
                 targets: Targets::default(),
                 upload_piece: options.upload_piece.max(1 << 20),
+                spools: Spools::default(),
+                spool_dir: options.spool_dir.clone(),
                 no_ranges: Mutex::default(),
             }),
-        })
+        }
     }
 
     /// How the host has been doing.
@@ -183,6 +223,14 @@ impl Registry {
             url.query_pairs_mut().append_pair("ns", namespace);
         }
         Ok(url)
+    }
+
+    fn blob_url(&self, blob: &Digest) -> Result<Url, SourceError> {
+        if self.inner.files {
+            self.url(&format!("blobs/sha256/{}", blob.hex()))
+        } else {
+            self.url(&format!("blobs/{blob}"))
+        }
     }
 
     fn call<'a>(&self, method: Method, url: Url, access: Access, kind: Use) -> Call<'a> {

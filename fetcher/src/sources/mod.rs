@@ -51,7 +51,7 @@ impl Member {
 
     fn is_good_for(&self, blob: &Digest) -> bool {
         let shunned = self.shunned.lock().unwrap_or_else(PoisonError::into_inner);
-        !shunned.get(blob).is_some_and(|until| *until > Instant::now()) && self.health.is_good()
+        shunned.get(blob).is_none_or(|until| *until <= Instant::now()) && self.health.is_good()
     }
 
     /// Notes that bytes of a blob were wrong.

@@ -34,6 +34,8 @@ pub(super) struct Reading {
     /// Hosts not asked yet, the next one last.
     left: Vec<Arc<Member>>,
     errors: Vec<SourceError>,
+    /// A host that would give the whole blob only.
+    rangeless: Option<Arc<Member>>,
     origins: Arc<Origins>,
 }
 
@@ -58,6 +60,7 @@ impl Reading {
             open: None,
             left,
             errors: Vec::new(),
+            rangeless: None,
             origins: Arc::clone(&origins),
         };
         let first = reading.next().await.map_err(|error| error.reading(&blob, range.clone()))?;
@@ -115,9 +118,12 @@ impl Reading {
         piece
     }
 
-    fn failed(&mut self, member: &Member, permit: Option<Permit>, error: SourceError) {
+    fn failed(&mut self, member: &Arc<Member>, permit: Option<Permit>, error: SourceError) {
         if error.class == ErrorClass::NotFound {
             member.shun(&self.blob.digest);
+        }
+        if error.class == ErrorClass::NoRanges && self.rangeless.is_none() {
+            self.rangeless = Some(Arc::clone(member));
         }
         if let Some(permit) = permit {
             permit.bad(&error);
@@ -144,8 +150,13 @@ impl Reading {
             if may_start && let Some(member) = self.left.pop() {
                 let range = self.at..self.end;
                 started = Instant::now();
-                runners.push(Box::pin(begin(Arc::clone(&member), self.blob, range, self.urgency)));
+                runners.push(Box::pin(begin(Arc::clone(&member), self.blob, range, Some(self.urgency))));
                 slow = Some(member);
+            }
+            if runners.is_empty()
+                && let Some(member) = self.rangeless.take()
+            {
+                runners.push(Box::pin(begin(member, self.blob, self.at..self.end, None)));
             }
             failed = false;
             if runners.is_empty() {
@@ -197,17 +208,21 @@ async fn go_on(mut open: Open) -> Finish {
     Finish { member, result, permit: Some(open.permit) }
 }
 
-/// Asks a host and waits for its first bytes.
-async fn begin(member: Arc<Member>, blob: BlobRef, range: Range<u64>, urgency: Urgency) -> Finish {
-    let permit = match member.health.enter(urgency, member.source.name()).await {
+/// Asks a host and waits for its first bytes. Without an urgency they come from a copy of the whole blob.
+async fn begin(member: Arc<Member>, blob: BlobRef, range: Range<u64>, urgency: Option<Urgency>) -> Finish {
+    let permit = match member.health.enter(urgency.unwrap_or(Urgency::Demand), member.source.name()).await {
         Ok(permit) => permit,
         Err(error) => return Finish { member, result: Err(error), permit: None },
     };
     let asked = Instant::now();
-    match member.source.read(&blob, range, urgency).await {
+    let body = match urgency {
+        Some(urgency) => member.source.read(&blob, range, urgency).await,
+        None => member.source.read_whole(&blob, range).await,
+    };
+    match body {
         Ok(body) => {
             let finish = go_on(Open { member, body, permit }).await;
-            if finish.result.is_ok() {
+            if finish.result.is_ok() && urgency.is_some() {
                 finish.member.health.answered(asked.elapsed());
             }
             finish

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // test code, though not in a test function
 
 pub(crate) mod nginx;
+pub(crate) mod table;
 
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
