@@ -119,8 +119,10 @@ impl Default for Fill {
 pub struct Mount {
     /// The mode of requests that say `auto`.
     pub mode: AttachMode,
-    /// Readahead of every mount, KiB; 0 leaves the kernel's.
+    /// Readahead of mounts that have all their data, KiB; 0 leaves the kernel's.
     pub read_ahead_kib: u64,
+    /// Readahead while something is missing, KiB: what the kernel reads around a fault is fetched too.
+    pub cold_read_ahead_kib: u64,
     /// How long the probe read that proves a mount may take, seconds.
     pub probe_timeout_s: u64,
     /// How long the image's manifest and bootstrap may take to arrive, seconds.
@@ -129,7 +131,13 @@ pub struct Mount {
 
 impl Default for Mount {
     fn default() -> Self {
-        Self { mode: AttachMode::Auto, read_ahead_kib: 2048, probe_timeout_s: 30, open_timeout_s: 120 }
+        Self {
+            mode: AttachMode::Auto,
+            read_ahead_kib: 2048,
+            cold_read_ahead_kib: 512,
+            probe_timeout_s: 30,
+            open_timeout_s: 120,
+        }
     }
 }
 
@@ -315,8 +323,8 @@ impl Config {
         if self.fill.bandwidth_mib_s > 1 << 20 || self.fill.iops > 1 << 20 {
             return fail("fill.bandwidth_mib_s", "and `fill.iops` must be at most 1048576");
         }
-        if self.mount.read_ahead_kib > 1 << 20 {
-            return fail("mount.read_ahead_kib", "must be at most 1048576");
+        if self.mount.read_ahead_kib > 1 << 20 || self.mount.cold_read_ahead_kib > 1 << 20 {
+            return fail("mount.read_ahead_kib", "and `mount.cold_read_ahead_kib` must be at most 1048576");
         }
         let hosts_dir = &self.registry.hosts_dir;
         if !hosts_dir.as_os_str().is_empty() && !hosts_dir.is_absolute() {

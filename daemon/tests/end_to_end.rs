@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use skimmer_client::{AttachMode, Client, ClientError, MountRequest, PrefetchRequest, Record, StartOptions};
+use skimmer_daemon::config::Config;
 use skimmer_fetcher::layout::Layout;
 use skimmer_test_support::{scratch_dir, skip_this};
 use tempfile::TempDir;
@@ -96,6 +97,15 @@ impl World {
         let mut daemon = self.daemon.take().unwrap();
         daemon.kill().unwrap();
         daemon.wait().unwrap();
+    }
+
+    /// What reads the readahead of the only superblock, KiB.
+    fn read_ahead(&self) -> impl Fn() -> u64 + use<> {
+        let text = std::fs::read_to_string(self.path("root/mounts.json")).unwrap();
+        let record: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let name = record["attachments"][0]["bdi"].as_str().unwrap().to_owned();
+        let path = format!("/sys/class/bdi/{name}/read_ahead_kb");
+        move || std::fs::read_to_string(&path).unwrap().trim().parse().unwrap()
     }
 
     fn log(&self) -> String {
@@ -209,6 +219,9 @@ async fn mount_read_unmount_and_nothing_is_left() {
     let mount = client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
     assert_eq!(mount.mode, AttachMode::Fanotify, "{}", mount.reason);
 
+    let read_ahead = world.read_ahead();
+    assert_eq!(read_ahead(), Config::default().mount.cold_read_ahead_kib);
+
     let clone = client.mount(&MountRequest::new(&image, world.path("mnt2"))).await.unwrap();
     assert!(clone.reason.contains("shares"), "{}", clone.reason);
     let again = client.mount(&MountRequest::new(&image, world.path("mnt2"))).await;
@@ -216,6 +229,14 @@ async fn mount_read_unmount_and_nothing_is_left() {
     assert_eq!(client.umount(world.path("mnt"), false).await.unwrap().target, mount.target);
     world.assert_same("mnt2");
     until_ready(&client).await;
+    // All is there: the kernel may read far ahead. It is told a moment after the mark is gone.
+    for _ in 0..500 {
+        if read_ahead() != Config::default().mount.cold_read_ahead_kib {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(read_ahead(), Config::default().mount.read_ahead_kib);
 
     let open = std::fs::File::open(world.path("mnt2/file0")).unwrap();
     let busy = client.umount(world.path("mnt2"), false).await;

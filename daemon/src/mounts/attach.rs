@@ -158,7 +158,10 @@ impl Mounts {
             // Not before: fscache files are known since the kernel opened them, and what is there proves no mark.
             self.prefetch_listed(&opened.early).await?;
         }
-        self.set_read_ahead(&raised);
+        let all_there = plan.mode != AttachMode::Fscache && plan.watched.is_empty();
+        if let Some(name) = &raised.bdi {
+            self.set_read_ahead(name, all_there);
+        }
         Ok(raised)
     }
 
@@ -454,9 +457,13 @@ impl Mounts {
             .remedy("nothing was mounted; check that the image's source can be reached, then try again")
     }
 
-    fn set_read_ahead(&self, raised: &Raised) {
-        let kib = self.config.mount.read_ahead_kib;
-        let Some(name) = raised.bdi.as_ref().filter(|_| kib > 0) else { return };
+    /// Sets how far the kernel reads ahead of a reader, or around a page fault. Files that are open keep what they have.
+    pub(super) fn set_read_ahead(&self, name: &str, all_there: bool) {
+        let mount = &self.config.mount;
+        let kib = if all_there { mount.read_ahead_kib } else { mount.cold_read_ahead_kib };
+        if kib == 0 {
+            return;
+        }
         if let Err(error) = bdi::set_read_ahead(name, kib) {
             tracing::info!("readahead of {name} stays as it is: {error}");
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use skimmer_client::{AttachMode, Mount, ShutdownReport};
 
-use super::{Failure, Kind, Mounts, State, VOLUME, bdi, kernel, mountinfo};
+use super::{Attachment, Failure, Kind, Mounts, State, VOLUME, bdi, kernel, mountinfo, on_demand};
 use crate::blob::{BlobId, BlobSpec};
 use crate::driver::DriverError;
 use crate::frontend::Mode;
@@ -247,11 +247,31 @@ impl Mounts {
         reads.map(|blob| blob.id).collect()
     }
 
-    /// A file is complete: when that holds for all images over it, the kernel need not ask any more.
+    /// A file is complete: when that holds for all images over it, the kernel need not ask any more, and may read far
+    /// ahead.
     pub(super) async fn on_complete(&self, mode: Mode, blob: BlobId) {
-        if mode != Mode::Fanotify {
-            return;
+        if mode == Mode::Fanotify {
+            self.unwatch_complete(blob).await;
         }
+        let state = self.state.lock().await;
+        let over = |attachment: &&Attachment| {
+            on_demand(attachment.record.mode) == Some(mode) && attachment.has(blob)
+        };
+        for attachment in state.attachments.iter().filter(over) {
+            let Some(name) = &attachment.record.bdi else { continue };
+            let mut all_there = true;
+            for spec in &attachment.specs {
+                let ready = self.journal.recorded(mode, spec.id).await;
+                all_there &= ready.is_some_and(|ready| spec.is_complete(&ready));
+            }
+            if all_there {
+                self.set_read_ahead(name, true);
+            }
+        }
+    }
+
+    async fn unwatch_complete(&self, blob: BlobId) {
+        let mode = Mode::Fanotify;
         let mut state = self.state.lock().await;
         if !state.watched.contains(&blob) {
             return;
