@@ -106,6 +106,19 @@ impl State {
         }
     }
 
+    /// Counts a failure; after some in a row, or when asked for, the host is left alone.
+    fn fail(&mut self, wish: Duration, probe: bool, why: &str) {
+        self.failures = self.failures.saturating_add(1);
+        let mut shut = wish;
+        if self.failures >= FAILURES || probe {
+            shut = shut.max(SHUT.saturating_mul(2u32.saturating_pow(self.closings)).min(MOST_SHUT));
+            self.closings = self.closings.saturating_add(1);
+        }
+        if !shut.is_zero() {
+            self.shut = Some((Instant::now() + shut, why.to_owned()));
+        }
+    }
+
     fn count(&mut self, urgency: Urgency) -> &mut usize {
         match urgency {
             Urgency::Demand => &mut self.demand,
@@ -201,13 +214,19 @@ impl Health {
         may
     }
 
-    /// Notes the time to a first byte; for a request that lost a race, the time it had.
+    /// Notes the time to a first byte.
     pub fn answered(&self, after: Duration) {
         let mut state = self.lock();
         if state.first_bytes.len() == SAMPLES {
             state.first_bytes.pop_front();
         }
         state.first_bytes.push_back(after);
+    }
+
+    /// Notes that another host was faster, although this one had its time before.
+    pub fn lost(&self, after: Duration) {
+        self.answered(after);
+        self.lock().fail(Duration::ZERO, false, "another host was faster time and again");
     }
 
     /// Notes that bytes from this host were not those of the image.
@@ -248,16 +267,7 @@ impl Permit {
             state.good = 0;
             state.limit = (state.limit / 2).max(1);
         }
-        state.failures += 1;
-        let mut shut = error.retry_after.unwrap_or_default();
-        if state.failures >= FAILURES || self.probe {
-            let while_ = SHUT.saturating_mul(2u32.saturating_pow(state.closings)).min(MOST_SHUT);
-            shut = shut.max(while_);
-            state.closings = state.closings.saturating_add(1);
-        }
-        if !shut.is_zero() {
-            state.shut = Some((now + shut, error.detail.to_string()));
-        }
+        state.fail(error.retry_after.unwrap_or_default(), self.probe, &error.detail);
     }
 }
 

@@ -75,12 +75,9 @@ impl Sources {
         Self { name: name.into(), members: members.into_iter().map(member).collect() }
     }
 
-    /// The members in the order in which they are to be asked for a blob.
-    fn order(&self, blob: &Digest) -> Vec<Arc<Member>> {
-        let (mut good, bad): (Vec<_>, Vec<_>) =
-            self.members.iter().cloned().partition(|member| member.is_good_for(blob));
-        good.extend(bad);
-        good
+    /// The members that are to be asked for a blob, in their order, and those that are a last resort.
+    fn order(&self, blob: &Digest) -> (Vec<Arc<Member>>, Vec<Arc<Member>>) {
+        self.members.iter().cloned().partition(|member| member.is_good_for(blob))
     }
 }
 
@@ -149,10 +146,9 @@ impl Source for Sources {
     async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError> {
         let blob = *blob;
         let lacks = |source: &str| SourceError::new(ErrorClass::NotFound, source, "it has no such blob");
-        let members = self
-            .order(&blob.digest)
-            .into_iter()
-            .map(|member| (Arc::clone(&member), Arc::clone(&member.health)));
+        let (good, bad) = self.order(&blob.digest);
+        let members =
+            good.into_iter().chain(bad).map(|member| (Arc::clone(&member), Arc::clone(&member.health)));
         let found = first(&self.name, members.collect(), Member::name, |member| async move {
             if member.source.has(&blob).await? { Ok(()) } else { Err(lacks(member.source.name())) }
         });

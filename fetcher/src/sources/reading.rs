@@ -33,9 +33,13 @@ pub(super) struct Reading {
     open: Option<Open>,
     /// Hosts not asked yet, the next one last.
     left: Vec<Arc<Member>>,
+    /// Those in bad standing, asked when nothing else helped, and never raced.
+    last: Vec<Arc<Member>>,
     errors: Vec<SourceError>,
     /// A host that would give the whole blob only.
     rangeless: Option<Arc<Member>>,
+    /// Whether that was tried.
+    whole: bool,
     origins: Arc<Origins>,
 }
 
@@ -47,8 +51,9 @@ impl Reading {
         range: Range<u64>,
         urgency: Urgency,
     ) -> Result<Body, SourceError> {
-        let mut left = sources.order(&blob.digest);
+        let (mut left, mut last) = sources.order(&blob.digest);
         left.reverse();
+        last.reverse();
         let name = Arc::clone(&sources.name);
         let origins = Arc::new(Origins::default());
         let mut reading = Self {
@@ -59,8 +64,10 @@ impl Reading {
             urgency,
             open: None,
             left,
+            last,
             errors: Vec::new(),
             rangeless: None,
+            whole: false,
             origins: Arc::clone(&origins),
         };
         let first = reading.next().await.map_err(|error| error.reading(&blob, range.clone()))?;
@@ -122,7 +129,7 @@ impl Reading {
         if error.class == ErrorClass::NotFound {
             member.shun(&self.blob.digest);
         }
-        if error.class == ErrorClass::NoRanges && self.rangeless.is_none() {
+        if error.class == ErrorClass::NoRanges && self.rangeless.is_none() && !self.whole {
             self.rangeless = Some(Arc::clone(member));
         }
         if let Some(permit) = permit {
@@ -135,55 +142,59 @@ impl Reading {
     }
 
     /// Whoever gives the next bytes first. The reply that is open takes part, and is joined by the next host as soon
-    /// as it has had its time.
+    /// as it has had its time. At most two take part.
     async fn race(&mut self) -> Arrival {
         let mut runners: FuturesUnordered<BoxFuture<'static, Finish>> = FuturesUnordered::new();
-        let mut slow = self.open.as_ref().map(|open| Arc::clone(&open.member));
+        // In the order in which they began.
+        let mut racing: Vec<Arc<Member>> = Vec::new();
+        let began = Instant::now();
+        // Whether the one that runs has had its time, or another has dropped out.
+        let mut join = true;
         if let Some(open) = self.open.take() {
+            racing.push(Arc::clone(&open.member));
+            join = open.member.health.hedge();
             runners.push(Box::pin(go_on(open)));
         }
-        let mut started = Instant::now();
-        let mut failed = false;
         loop {
-            let may_start =
-                runners.is_empty() || failed || slow.take().is_some_and(|slow| slow.health.hedge());
-            if may_start && let Some(member) = self.left.pop() {
-                let range = self.at..self.end;
-                started = Instant::now();
-                runners.push(Box::pin(begin(Arc::clone(&member), self.blob, range, Some(self.urgency))));
-                slow = Some(member);
+            let mut next = self.left.pop_if(|_| join);
+            if next.is_none() && runners.is_empty() && self.rangeless.is_none() {
+                next = self.last.pop();
             }
-            if runners.is_empty()
+            let started = Instant::now();
+            if let Some(member) = next {
+                let range = self.at..self.end;
+                racing.push(Arc::clone(&member));
+                runners.push(Box::pin(begin(member, self.blob, range, Some(self.urgency))));
+            } else if runners.is_empty()
                 && let Some(member) = self.rangeless.take()
             {
+                self.whole = true;
+                racing.push(Arc::clone(&member));
                 runners.push(Box::pin(begin(member, self.blob, self.at..self.end, None)));
             }
-            failed = false;
-            if runners.is_empty() {
-                return Err(failure(&self.sources.name, std::mem::take(&mut self.errors)));
-            }
-            let finish = match &slow {
-                // At most two take part.
-                Some(member) if runners.len() < 2 && !self.left.is_empty() => {
-                    let until = started + member.health.patience();
+            let finish = match racing.as_slice() {
+                [] => return Err(failure(&self.sources.name, std::mem::take(&mut self.errors))),
+                [only] if join && !self.left.is_empty() => {
+                    let until = started + only.health.patience();
                     tokio::time::timeout_at(until, runners.next()).await.ok()
                 }
                 _ => Some(runners.next().await),
             };
             match finish {
                 // Its time is over.
-                None => {}
-                Some(None) => slow = None,
+                None => join = racing.first().is_some_and(|only| only.health.hedge()),
+                Some(None) => racing.clear(),
                 Some(Some(Finish { member, result, permit })) => match result {
                     Ok(arrival) => {
-                        if let Some(loser) = slow.filter(|slow| !Arc::ptr_eq(slow, &member)) {
-                            loser.health.answered(started.elapsed());
+                        for slower in racing.iter().take_while(|racer| !Arc::ptr_eq(racer, &member)) {
+                            slower.health.lost(began.elapsed());
                         }
                         return Ok(arrival);
                     }
                     Err(error) => {
+                        racing.retain(|racer| !Arc::ptr_eq(racer, &member));
                         self.failed(&member, permit, error);
-                        (slow, failed) = (None, true);
+                        join = true;
                     }
                 },
             }

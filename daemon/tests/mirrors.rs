@@ -1,0 +1,49 @@
+//! A mounted image of a registry whose mirrors are bad: every byte comes right, and nobody waits long.
+#![allow(clippy::unwrap_used, reason = "a test may fail by panic")]
+
+mod world;
+
+use std::time::Duration;
+
+use skimmer_client::MountRequest;
+use skimmer_fetcher::layout::Layout;
+use skimmer_fetcher::testing::{Fault, FaultServer};
+use world::{World, drop_caches, until_ready};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_mirrors_cost_no_byte() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    world.pack("img");
+    let layout = Layout::open(world.path("img")).unwrap();
+    let server = || FaultServer::start(layout.clone()).unwrap();
+    let (lying, stalling, upstream) = (server(), server(), server());
+    lying.fault(Fault::WrongBytes);
+    stalling.fault(Fault::Stall(200_000));
+    // Each of them sends what would fail a read alone; the registry has no ranges.
+    upstream.fault(Fault::IgnoreRange);
+    let hosts = world.path("certs.d").join(upstream.host());
+    std::fs::create_dir_all(&hosts).unwrap();
+    let listed = [&lying, &stalling]
+        .map(|mirror| format!("[host.'http://{}']\ncapabilities = ['pull']\n", mirror.host()));
+    std::fs::write(hosts.join("hosts.toml"), listed.concat()).unwrap();
+    let config =
+        format!("[registry]\nhosts_dir = {:?}\n[fetch]\nread_deadline_s = 30\n", world.path("certs.d"));
+    std::fs::write(world.path("config.toml"), config).unwrap();
+
+    let client = world.start_daemon().await;
+    let image = format!("{}/a/b", upstream.host());
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    let began = std::time::Instant::now();
+    world.assert_same("mnt");
+    assert!(began.elapsed() < Duration::from_secs(30));
+    until_ready(&client).await;
+    drop_caches();
+    world.assert_same("mnt");
+    // The liar was asked, and not again and again.
+    let asked = lying.counts().blob_requests;
+    assert!((1..=10).contains(&asked), "{asked}");
+    let status = client.status().await.unwrap();
+    assert!(status.blobs.iter().all(|blob| blob.fault.is_none()), "{status:?}");
+    world.assert_all_gone(&client).await;
+}
