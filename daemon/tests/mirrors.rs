@@ -8,7 +8,7 @@ use std::time::Duration;
 use skimmer_client::MountRequest;
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::testing::{Fault, FaultServer};
-use world::{World, drop_caches, until_ready};
+use world::{World, content, drop_caches, until_ready};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_mirrors_cost_no_byte() {
@@ -45,5 +45,28 @@ async fn bad_mirrors_cost_no_byte() {
     assert!((1..=10).contains(&asked), "{asked}");
     let status = client.status().await.unwrap();
     assert!(status.blobs.iter().all(|blob| blob.fault.is_none()), "{status:?}");
+    world.assert_all_gone(&client).await;
+}
+
+/// Small flights share requests: a gigabyte that is read from front to back costs at most a hundred of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sequential_read_is_few_requests() {
+    const SIZE: usize = 256 << 20;
+    let Some(mut world) = World::start() else { return };
+    let bytes = content(7, SIZE);
+    std::fs::write(world.path("tree/file"), &bytes).unwrap();
+    world.pack("img");
+    let server = FaultServer::start(Layout::open(world.path("img")).unwrap()).unwrap();
+    let client = world.start_daemon().await;
+    let image = format!("{}/a/b", server.host());
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    let before = server.counts().blob_requests;
+    let path = world.path("mnt/file");
+    let read = tokio::task::spawn_blocking(move || std::fs::read(path)).await.unwrap().unwrap();
+    assert!(read == bytes);
+    let asked = server.counts().blob_requests - before;
+    assert!(asked <= 100 * u64::try_from(SIZE).unwrap() / (1 << 30), "{asked} requests");
+    eprintln!("{asked} requests for {} MiB", SIZE >> 20);
+    until_ready(&client).await;
     world.assert_all_gone(&client).await;
 }
