@@ -13,6 +13,7 @@ pub mod archive;
 mod bucket;
 pub mod chunk;
 pub mod copy;
+mod cpu;
 pub mod credentials;
 pub mod digest;
 mod duration;

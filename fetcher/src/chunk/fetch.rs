@@ -4,9 +4,9 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use futures_util::future::Either;
 use futures_util::stream::FuturesUnordered;
-use tokio::task::JoinHandle;
 
 use super::{ChunkError, ChunkPlace, ChunkSpec, Codec, FetchError, Verified, fits, seal, verify};
+use crate::cpu;
 use crate::source::{BlobRef, Body, Source, Urgency};
 
 /// Chunks at most this long are decoded on the calling task: a thread hop costs more.
@@ -125,7 +125,7 @@ where
     };
 
     let blame = body.blame();
-    let mut decoding: FuturesUnordered<JoinHandle<Checked<B>>> = FuturesUnordered::new();
+    let mut decoding = FuturesUnordered::new();
     let mut position = body.position();
     let mut index = 0;
     let mut arriving: Option<Arriving<B>> = None;
@@ -149,7 +149,7 @@ where
         let mut piece = match next {
             Either::Right(done) => {
                 if let Some(done) = done {
-                    finish(joined(done));
+                    finish(done);
                 }
                 continue;
             }
@@ -184,11 +184,11 @@ where
             } else {
                 while decoding.len() >= DECODING {
                     if let Some(done) = decoding.next().await {
-                        finish(joined(done));
+                        finish(done);
                     }
                 }
                 let (spec, at) = (*spec, index);
-                decoding.push(tokio::task::spawn_blocking(move || (at, chunk.check(&spec))));
+                decoding.push(cpu::run(move || (at, chunk.check(&spec))));
             }
             index += 1;
         }
@@ -200,7 +200,7 @@ where
         Some(body).filter(|_| ended.is_ok())
     };
     while let Some(done) = decoding.next().await {
-        finish(joined(done));
+        finish(done);
     }
     ended?;
     if let Some(mut body) = rest {
@@ -256,15 +256,4 @@ fn clamp(bytes: u64, most: usize) -> usize {
 fn advance(piece: &mut Bytes, count: usize) -> u64 {
     piece.advance(count);
     u64::try_from(count).expect("usize fits in 64 bits")
-}
-
-fn joined<T>(result: Result<T, tokio::task::JoinError>) -> T {
-    match result {
-        Ok(done) => done,
-        // A panic in a decoder is a bug: let it surface on the caller's task.
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(error) => panic!("a decoding task ended early: {error}"),
-        },
-    }
 }
