@@ -16,10 +16,10 @@ const FAILURES: u32 = 5;
 const SHUT: Duration = Duration::from_millis(500);
 /// The longest, so that a host that is back is found soon.
 const MOST_SHUT: Duration = Duration::from_secs(5);
-/// Requests at once that a host is given at first. Bodies that wait for their next flight count, so fewer would hold
-/// reads back.
-const LIMIT: usize = 16;
-const MOST_LIMIT: usize = 64;
+/// Requests at once that a host is given at first. Bodies that wait for their next flight count, of which there may be
+/// 32, so fewer would hold reads back.
+const LIMIT: usize = 64;
+const MOST_LIMIT: usize = 128;
 /// Of these, how many are kept from requests that no read waits for.
 const RESERVE: usize = 2;
 /// Refusals closer together than this are one.
