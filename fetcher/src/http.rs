@@ -51,9 +51,11 @@ pub struct HttpOptions {
     pub https: Vec<String>,
     /// PEM files with certificate authorities to trust besides the system's.
     pub extra_ca: Vec<PathBuf>,
-    /// What to show a server that asks who we are.
+    /// The host (`host[:port]`) that `identity` and `skip_verify` are for; neither goes with a redirect elsewhere.
+    pub own_host: Option<String>,
+    /// What to show the own host when it asks who we are.
     pub identity: Option<ClientCertificate>,
-    /// Whether any certificate will do. Never goes beyond the host that it was said of.
+    /// Whether any certificate of the own host will do.
     pub skip_verify: bool,
     /// The proxy to use, instead of what the environment says.
     pub proxy: Option<Proxy>,
@@ -198,11 +200,21 @@ impl Pool {
     }
 }
 
+/// What one client differs from another in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    kind: Use,
+    tls: bool,
+    loopback: bool,
+    /// For the host that the options' identity is for.
+    own: bool,
+}
+
 /// Clients made on first use and then kept, with their connections.
 #[derive(Debug)]
 pub(crate) struct Clients {
     options: HttpOptions,
-    made: Mutex<HashMap<(Use, bool, bool), reqwest::Client>>,
+    made: Mutex<HashMap<Key, reqwest::Client>>,
 }
 
 impl Clients {
@@ -230,7 +242,8 @@ impl Clients {
                 return Err(SourceError::new(ErrorClass::Unsupported, source, detail));
             }
         };
-        let key = (kind, tls, is_loopback(&host));
+        let own = self.options.own_host.as_ref() == Some(&host);
+        let key = Key { kind, tls, loopback: is_loopback(&host), own };
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = made.get(&key) {
             return Ok(client.clone());
@@ -241,7 +254,7 @@ impl Clients {
         Ok(client)
     }
 
-    fn make(&self, (kind, tls, loopback): (Use, bool, bool)) -> Result<reqwest::Client, String> {
+    fn make(&self, Key { kind, tls, loopback, own }: Key) -> Result<reqwest::Client, String> {
         let proxy = match &self.options.proxy {
             // Its text may be a secret.
             Some(Proxy(url)) => Some(reqwest::Proxy::all(url).map_err(|_| "the proxy is no URL of one")?),
@@ -267,9 +280,9 @@ impl Clients {
             // Without this the system's roots would be loaded, and their absence would be an error.
             return base().tls_certs_only([]).build().map_err(|error| explain(&error));
         }
-        let identity = self.options.identity.as_ref().map(identity).transpose()?;
+        let identity = self.options.identity.as_ref().filter(|_| own).map(identity).transpose()?;
         let base = || {
-            let mut builder = base().tls_danger_accept_invalid_certs(self.options.skip_verify);
+            let mut builder = base().tls_danger_accept_invalid_certs(own && self.options.skip_verify);
             if let Some(identity) = &identity {
                 builder = builder.identity(identity.clone());
             }
@@ -471,6 +484,22 @@ mod tests {
         let clients = Clients::new(HttpOptions { extra_ca: vec![path], ..HttpOptions::default() });
         let url = Url::parse("https://example.org/").unwrap();
         assert!(clients.get(&url, Use::Blobs, "test").unwrap_err().detail.contains("ca.pem"));
+    }
+
+    #[test]
+    fn what_is_for_one_host_does_not_go_to_another() {
+        let certificate = "/nonexistent/client.pem".into();
+        let clients = Clients::new(HttpOptions {
+            own_host: Some("a.example:8443".into()),
+            identity: Some(ClientCertificate { certificate, key: None }),
+            skip_verify: true,
+            ..HttpOptions::default()
+        });
+        let get = |url: &str| clients.get(&Url::parse(url).unwrap(), Use::Blobs, "test");
+        assert!(get("https://a.example:8443/v2/").unwrap_err().detail.contains("client.pem"));
+        for other in ["https://a.example/v2/", "https://storage.example:8443/x"] {
+            get(other).unwrap();
+        }
     }
 
     #[test]

@@ -32,6 +32,14 @@ impl Endpoint {
         Ok(Self { root, host, namespace: None, headers: HeaderMap::new(), http })
     }
 
+    /// Keeps what is for this host alone from hosts that it redirects to. Options without such stay as they are, so
+    /// that their clients are shared.
+    pub(super) fn keep_to_host(&mut self) {
+        if self.http.identity.is_some() || self.http.skip_verify {
+            self.http.own_host = Some(http::host_of(&self.root));
+        }
+    }
+
     /// What `url` of a `hosts.toml` names, for images of `namespace`. A URL without a scheme gets the one that the
     /// options have for its host; one with a scheme is used as it is written.
     pub(crate) fn of_url(

@@ -82,7 +82,9 @@ pub(super) fn read(dir: &Path, namespace: &str, http: &HttpOptions) -> Result<Ve
             parse(&text, dir, namespace, http).map_err(|error| format!("{}: {error}", path.display()))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Ok(vec![upstream(namespace, &certificates(dir, http)?)?])
+            let mut host = upstream(namespace, &certificates(dir, http)?)?;
+            host.endpoint.keep_to_host();
+            Ok(vec![host])
         }
         Err(error) => Err(format!("{}: {error}", path.display())),
     }
@@ -208,6 +210,7 @@ fn configure(host: &mut Host, value: toml::Value, dir: &Path) -> Result<(), Stri
     }
     http.proxy = settings.proxy.map(Proxy).or(http.proxy.take());
     host.endpoint.headers = headers(settings.header)?;
+    host.endpoint.keep_to_host();
     Ok(())
 }
 
