@@ -185,32 +185,13 @@ impl Source for Registry {
 impl Registry {
     /// A small file beside the blobs of a folder on a web server.
     pub(crate) async fn file(&self, name: &str, cap: u64) -> Result<Vec<u8>, SourceError> {
-        let what = || format!("file `{name}`");
+        let what = format!("file `{name}`");
         let call = self.call(Method::GET, self.url(name)?, Access::Pull, Use::Documents);
-        let mut response = self.send(&call).await?;
+        let response = self.send(&call).await?;
         if response.status() != StatusCode::OK {
-            return Err(self.unexpected(&what(), response).await);
+            return Err(self.unexpected(&what, response).await);
         }
-        let idle = self.inner.clients.options().timeouts.idle;
-        let mut bytes = Vec::new();
-        loop {
-            let piece = match tokio::time::timeout(idle, response.chunk()).await {
-                Ok(Ok(Some(piece))) => piece,
-                Ok(Ok(None)) => return Ok(bytes),
-                Ok(Err(error)) => {
-                    return Err(http::transport_error(&self.inner.name, response.url(), &error));
-                }
-                Err(_) => {
-                    let detail = format!("{}: no byte came for {} ms", what(), idle.as_millis());
-                    return Err(self.error(ErrorClass::Transient, detail));
-                }
-            };
-            bytes.extend_from_slice(&piece);
-            if u64::try_from(bytes.len()).is_ok_and(|length| length > cap) {
-                let detail = format!("{} is larger than {cap} bytes", what());
-                return Err(self.error(ErrorClass::BadReply, detail));
-            }
-        }
+        self.document(&what, response, cap).await
     }
 
     /// The whole blob, from its first byte.

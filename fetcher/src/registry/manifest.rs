@@ -6,7 +6,7 @@ use reqwest::{Method, StatusCode};
 use super::auth::Access;
 use super::{Payload, Registry};
 use crate::digest::Digest;
-use crate::http::{self, Use};
+use crate::http::Use;
 use crate::oci::{
     MAX_MANIFEST, MEDIA_TYPE_DOCKER_INDEX, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST,
     RawManifest,
@@ -27,7 +27,7 @@ impl Registry {
         {
             call.headers.append(ACCEPT, HeaderValue::from_static(kind));
         }
-        let mut response = self.send(&call).await?;
+        let response = self.send(&call).await?;
         if response.status() != StatusCode::OK {
             return Err(self.unexpected(&what(), response).await);
         }
@@ -35,25 +35,7 @@ impl Registry {
         let media_type = text(CONTENT_TYPE.as_str())
             .map(|kind| kind.split(';').next().unwrap_or_default().trim().to_owned());
         let hint = text(CONTENT_DIGEST).and_then(|hint| hint.parse::<Digest>().ok());
-        let idle = self.inner.clients.options().timeouts.idle;
-        let url = response.url().clone();
-        let mut bytes: Vec<u8> = Vec::new();
-        loop {
-            let piece = match tokio::time::timeout(idle, response.chunk()).await {
-                Ok(Ok(Some(piece))) => piece,
-                Ok(Ok(None)) => break,
-                Ok(Err(error)) => return Err(http::transport_error(&self.inner.name, &url, &error)),
-                Err(_) => {
-                    let detail = format!("{}: no byte came for {} ms", what(), idle.as_millis());
-                    return Err(self.error(ErrorClass::Transient, detail));
-                }
-            };
-            bytes.extend_from_slice(&piece);
-            if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_MANIFEST) {
-                let detail = format!("{} is larger than {MAX_MANIFEST} bytes", what());
-                return Err(self.error(ErrorClass::BadReply, detail));
-            }
-        }
+        let bytes = self.document(&what(), response, MAX_MANIFEST).await?;
         let manifest = RawManifest::new(bytes, media_type.as_deref());
         let wanted = selector.parse::<Digest>().ok();
         if let Some(expected) = wanted.or(hint).filter(|expected| *expected != manifest.digest) {

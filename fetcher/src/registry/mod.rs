@@ -255,6 +255,35 @@ impl Registry {
         self.error(class, detail).retry_after(after)
     }
 
+    /// The body of a small document.
+    async fn document(
+        &self,
+        what: &str,
+        mut response: reqwest::Response,
+        cap: u64,
+    ) -> Result<Vec<u8>, SourceError> {
+        let idle = self.inner.clients.options().timeouts.idle;
+        let mut bytes = Vec::new();
+        loop {
+            let piece = match tokio::time::timeout(idle, response.chunk()).await {
+                Ok(Ok(Some(piece))) => piece,
+                Ok(Ok(None)) => return Ok(bytes),
+                Ok(Err(error)) => {
+                    return Err(http::transport_error(&self.inner.name, response.url(), &error));
+                }
+                Err(_) => {
+                    let detail = format!("{what}: no byte came for {} ms", idle.as_millis());
+                    return Err(self.error(ErrorClass::Transient, detail));
+                }
+            };
+            bytes.extend_from_slice(&piece);
+            if u64::try_from(bytes.len()).is_ok_and(|length| length > cap) {
+                let detail = format!("{what} is larger than {cap} bytes");
+                return Err(self.error(ErrorClass::BadReply, detail));
+            }
+        }
+    }
+
     fn ignores_ranges(&self) -> bool {
         let mut until = self.inner.no_ranges.lock().unwrap_or_else(PoisonError::into_inner);
         match *until {

@@ -287,24 +287,8 @@ fn configure(dir: &Path, host: &str, setup: Setup) -> Option<PathBuf> {
         setup.relative_urls
     );
     if setup.tls {
-        let (key, cert) = (dir.join("key.pem"), dir.join("cert.pem"));
-        let made = Command::new("openssl")
-            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
-            .args(["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"])
-            .args(["-addext", "basicConstraints=critical,CA:FALSE"])
-            .arg("-keyout")
-            .arg(&key)
-            .arg("-out")
-            .arg(&cert)
-            .output();
-        match made {
-            Ok(output) if output.status.success() => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                skip_this("openssl is missing (package openssl)");
-                return None;
-            }
-            other => panic!("openssl cannot make a certificate: {other:?}"),
-        }
+        let own = ["-addext", "basicConstraints=critical,CA:FALSE"];
+        let (cert, key) = nginx::certificate(dir, "cert", &own)?;
         config += &format!("  tls:\n    certificate: {}\n    key: {}\n", cert.display(), key.display());
     }
     if setup.htpasswd {
