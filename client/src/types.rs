@@ -147,7 +147,8 @@ pub struct Recording {
     pub cut: bool,
     /// Ids of the blobs, in device order.
     pub blobs: Vec<String>,
-    /// Kernel requests, in the order in which they came. What is cached already the kernel reads without one.
+    /// Kernel requests, in the order in which they came. What is cached already the kernel reads without one, but for
+    /// exact recordings over fanotify, which have every read.
     pub reads: Vec<RecordedRead>,
     /// Fetches, in the order in which they began.
     pub fetches: Vec<RecordedFetch>,

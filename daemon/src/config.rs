@@ -123,6 +123,10 @@ pub struct Mount {
     pub read_ahead_kib: u64,
     /// Readahead while something is missing, KiB: what the kernel reads around a fault is fetched too.
     pub cold_read_ahead_kib: u64,
+    /// Readahead at the start of an image with a start blob, and of exact recordings, KiB: what such a blob holds.
+    pub start_read_ahead_kib: u64,
+    /// How long that start takes at most, seconds.
+    pub start_s: u64,
     /// How long the probe read that proves a mount may take, seconds.
     pub probe_timeout_s: u64,
     /// How long the image's manifest and bootstrap may take to arrive, seconds.
@@ -135,6 +139,8 @@ impl Default for Mount {
             mode: AttachMode::Auto,
             read_ahead_kib: 2048,
             cold_read_ahead_kib: 512,
+            start_read_ahead_kib: 16,
+            start_s: 30,
             probe_timeout_s: 30,
             open_timeout_s: 120,
         }
@@ -323,8 +329,17 @@ impl Config {
         if self.fill.bandwidth_mib_s > 1 << 20 || self.fill.iops > 1 << 20 {
             return fail("fill.bandwidth_mib_s", "and `fill.iops` must be at most 1048576");
         }
-        if self.mount.read_ahead_kib > 1 << 20 || self.mount.cold_read_ahead_kib > 1 << 20 {
-            return fail("mount.read_ahead_kib", "and `mount.cold_read_ahead_kib` must be at most 1048576");
+        for (key, value) in [
+            ("mount.read_ahead_kib", self.mount.read_ahead_kib),
+            ("mount.cold_read_ahead_kib", self.mount.cold_read_ahead_kib),
+            ("mount.start_read_ahead_kib", self.mount.start_read_ahead_kib),
+        ] {
+            if value > 1 << 20 {
+                return fail(key, "must be at most 1048576");
+            }
+        }
+        if self.mount.start_s > 86_400 {
+            return fail("mount.start_s", "must be at most 86400 seconds");
         }
         let hosts_dir = &self.registry.hosts_dir;
         if !hosts_dir.as_os_str().is_empty() && !hosts_dir.is_absolute() {

@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 use crate::arena::{Arena, Slab};
 use crate::blob::BlobChunk;
 use crate::metrics::{FetchResult, Metrics, Stage};
-use crate::requests::{Requests, Share};
+use crate::requests::{Ahead, Requests, Share};
 use crate::ring::Waker;
 
 /// Fewer bytes than this say nothing about a source's bandwidth.
@@ -118,6 +118,13 @@ impl Fetches {
         metrics: Metrics,
     ) -> Self {
         Self { runtime, queue, waker, metrics, running: HashMap::new(), requests: Requests::default() }
+    }
+
+    /// Keeps a body for the first flight of its blob.
+    pub(crate) fn offer(&self, ahead: Ahead, until: u64) {
+        self.metrics.source_requests.inc();
+        let _runtime = self.runtime.enter();
+        self.requests.offer(ahead, until);
     }
 
     /// Starts a fetch; its end comes as [`Fetched::Ended`], whatever happens.

@@ -4,6 +4,7 @@
 //! come it hands the body to the flight that starts where it ends, so a scan costs one request, however small the
 //! flights are that it is cut into, and a flight that has not begun costs nothing to give up.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use crate::fetch::Order;
 const SKIP: u64 = 1 << 20;
 /// How long a body waits for the flight that takes it over.
 const IDLE: Duration = Duration::from_secs(2);
+/// How long one waits that was asked for before the blob was known.
+const AHEAD: Duration = Duration::from_secs(30);
 /// Bodies that may wait at once; each holds a connection.
 const MOST: usize = 32;
 
@@ -37,6 +40,27 @@ struct Entry {
 struct Table {
     entries: Vec<Entry>,
     next: u64,
+}
+
+impl Table {
+    fn add(&mut self, blob: Digest, source: String, range: Range<u64>, body: oneshot::Receiver<Body>) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        if self.entries.len() >= MOST {
+            self.entries.remove(0);
+        }
+        let Range { start: position, end: until } = range;
+        self.entries.push(Entry { number, blob, source, position, until, body });
+        number
+    }
+}
+
+/// A body from a blob's first byte that was asked for before anybody knew what is in the blob.
+pub(crate) struct Ahead {
+    pub(crate) blob: Digest,
+    /// Name of the source.
+    pub(crate) source: String,
+    pub(crate) body: oneshot::Receiver<Body>,
 }
 
 /// The bodies of one driver that flights may take over.
@@ -105,6 +129,18 @@ impl Rest {
 }
 
 impl Requests {
+    /// Takes a body of a blob from its first byte to `until`, which nobody has read of yet, for the first flight.
+    pub(crate) fn offer(&self, ahead: Ahead, until: u64) {
+        let Ahead { blob, source, body } = ahead;
+        let number =
+            self.table.lock().unwrap_or_else(PoisonError::into_inner).add(blob, source, 0..until, body);
+        let requests = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(AHEAD).await;
+            requests.forget(number);
+        });
+    }
+
     /// Finds the flight before this one and makes a place for the one after it.
     pub(crate) fn join(&self, order: &Order) -> Share {
         let Some(range) = stored_range(&order.chunks) else { return Share::alone(order.until) };
@@ -123,13 +159,7 @@ impl Requests {
         let until = before.as_ref().map_or(order.until, |entry| entry.until);
         let after = (until > range.end).then(|| {
             let (sender, body) = oneshot::channel();
-            let number = table.next;
-            table.next += 1;
-            if table.entries.len() >= MOST {
-                table.entries.remove(0);
-            }
-            let (position, source) = (range.end, source.to_owned());
-            table.entries.push(Entry { number, blob, source, position, until, body });
+            let number = table.add(blob, source.to_owned(), range.end..until, body);
             Rest { number, requests: self.clone(), body: sender }
         });
         Share { before: before.map(|entry| entry.body), after, until }
@@ -147,7 +177,7 @@ impl Requests {
 }
 
 /// From the first to the last stored byte of a flight's chunks, in whatever order they are.
-fn stored_range(chunks: &[(u32, ChunkSpec, Slab)]) -> Option<std::ops::Range<u64>> {
+fn stored_range(chunks: &[(u32, ChunkSpec, Slab)]) -> Option<Range<u64>> {
     let ends = chunks.iter().map(|(_, spec, _)| {
         (spec.stored_offset, spec.stored_offset.saturating_add(u64::from(spec.stored_len)))
     });

@@ -10,6 +10,7 @@ use std::time::Duration;
 use skimmer_client::{AttachMode, Client, ClientError, MountRequest, PrefetchRequest, Record, StartOptions};
 use skimmer_daemon::config::Config;
 use skimmer_fetcher::layout::Layout;
+use skimmer_fetcher::testing::FaultServer;
 use world::{World, content, drop_caches, until_ready, wait_for};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,6 +204,11 @@ async fn a_traced_image_brings_its_start_before_it_is_read() {
     let mut request = MountRequest::new(&image, world.path("mnt"));
     request.record = Some(Record::Exact);
     client.mount(&request).await.unwrap();
+    assert_eq!(
+        world.read_ahead()(),
+        Config::default().mount.start_read_ahead_kib,
+        "recorded as it will start"
+    );
     let files: Vec<PathBuf> = std::fs::read_dir(world.path("tree"))
         .unwrap()
         .map(|entry| entry.unwrap())
@@ -250,9 +256,13 @@ async fn a_traced_image_brings_its_start_before_it_is_read() {
         annotations: None,
     };
     let output = Layout::create(world.path("traced")).unwrap();
-    let optimized = skimmer_mkfs::optimize(&from, &touches, &output, &Default::default()).unwrap();
+    let optimized =
+        skimmer_mkfs::optimize(&from, &touches, skimmer_mkfs::Pieces::Blocks, &output, &Default::default())
+            .unwrap();
 
-    let traced = format!("oci:{}", world.path("traced").display());
+    // Over a registry the start blob is asked for while the bootstrap comes, and that request is the only one.
+    let server = FaultServer::start(output).unwrap();
+    let traced = format!("{}/a/b", server.host());
     let mut request = MountRequest::new(&traced, world.path("mnt2"));
     request.record = Some(Record::Events);
     client.mount(&request).await.unwrap();
@@ -269,9 +279,16 @@ async fn a_traced_image_brings_its_start_before_it_is_read() {
         before.fetches.iter().any(|fetch| before.blobs[fetch.blob] == optimized.start_blob),
         "{before:?}"
     );
+    let read_ahead = world.read_ahead();
+    assert_eq!(read_ahead(), Config::default().mount.start_read_ahead_kib);
+    assert_eq!(server.counts().blob_requests, 2, "bootstrap and start blob: {before:?}");
     read("mnt2").await.unwrap();
     let after = client.recording(world.path("mnt2")).await.unwrap();
     assert_eq!(after.fetches.len(), before.fetches.len(), "all that was read had come");
+    // The start is over when its time is, and for the next daemon.
+    world.kill_daemon();
+    let client = world.start_daemon().await;
+    assert_eq!(read_ahead(), Config::default().mount.cold_read_ahead_kib);
 
     let mut ahead = PrefetchRequest {
         target: world.path("mnt2"),

@@ -116,6 +116,9 @@ bitflags! {
         const SEPARATED_PREFETCH_FILES = 0x400;
         /// The data is not in the registry.
         const EXTERNAL = 0x800;
+        /// Chunk indexes of the image's files may lie inside chunks, and a file's own chunk size may be below the
+        /// image's. Skimmer's own: of the bits at which other loaders refuse an image.
+        const FINE_INDEXES = 0x1000;
         /// Reserved bits that loaders accept and ignore.
         const RESERVED_COMPATIBLE = 0x0fff_0000;
         /// Sections are followed by tar headers.

@@ -271,48 +271,94 @@ impl Place {
     }
 }
 
-/// Opens a converted image: resolves its manifest, reads its config and bootstrap, and checks each against
-/// its digest.
-pub async fn open(reference: &Reference, options: &OpenOptions) -> Result<Remote, ImageError> {
+/// A converted image of which the manifest is read.
+pub struct Found {
+    reference: Reference,
+    options: OpenOptions,
+    image: Image,
+    manifest_digest: Digest,
+    manifest: ImageManifest,
+    blobs: Vec<BlobRef>,
+}
+
+/// Resolves the manifest of a converted image.
+///
+/// # Errors
+/// The source fails, or the manifest is of no converted image.
+pub async fn find(reference: &Reference, options: &OpenOptions) -> Result<Found, ImageError> {
     let place = Place::open(reference, &options.registry).await?;
     let mut backoff = Backoff::new(options.attempts);
-    loop {
-        match open_at(&place, reference, options).await {
+    let (raw, manifest) = loop {
+        match place.manifest(reference, &options.platform, Flavour::PreferConverted).await {
             Err(ImageError::Source { image, error }) => {
                 backoff.wait(error).await.map_err(|error| ImageError::Source { image, error })?;
             }
-            other => return other,
+            other => break other?,
         }
+    };
+    let image = Image { name: reference.to_string(), source: place.source() };
+    if !oci::is_converted(&manifest) {
+        return Err(ImageError::NotConverted { image: image.name, manifest: raw.digest });
+    }
+    let blobs = image.data_blobs(&manifest)?;
+    let (reference, options) = (reference.clone(), options.clone());
+    Ok(Found { reference, options, image, manifest_digest: raw.digest, manifest, blobs })
+}
+
+impl Found {
+    /// Where the blobs' bytes come from.
+    pub fn source(&self) -> &Arc<dyn Source> {
+        &self.image.source
+    }
+
+    /// The data blob that is wanted before all others, if the manifest names one.
+    pub fn start_blob(&self) -> Option<BlobRef> {
+        let is_start =
+            |layer: &&Descriptor| oci::annotation(layer, oci::ANNOTATION_START_BLOB) == Some("true");
+        let blob = oci::blob_ref(self.manifest.layers().iter().find(is_start)?).ok()?;
+        self.blobs.contains(&blob).then_some(blob)
+    }
+
+    /// Reads config and bootstrap, and checks each against its digest.
+    ///
+    /// # Errors
+    /// The source fails, or one of them breaks a rule.
+    pub async fn open(self) -> Result<Remote, ImageError> {
+        let mut backoff = Backoff::new(self.options.attempts);
+        let (config, bootstrap) = loop {
+            match self.parts().await {
+                Err(ImageError::Source { image, error }) => {
+                    backoff.wait(error).await.map_err(|error| ImageError::Source { image, error })?;
+                }
+                other => break other?,
+            }
+        };
+        let Self { reference, image, manifest_digest, manifest, blobs, .. } = self;
+        Ok(Remote { reference, manifest_digest, manifest, config, bootstrap, blobs, source: image.source })
+    }
+
+    async fn parts(&self) -> Result<(Vec<u8>, Vec<u8>), ImageError> {
+        let Self { image, manifest, options, .. } = self;
+        let (config, diff_id) = if options.config {
+            let blob = image.blob_ref(manifest.config())?;
+            let config = image.read_small("config", &blob, MAX_CONFIG).await?;
+            let diff_id = image.diff_id(&blob, &config, manifest.layers().len())?;
+            (config, Some(diff_id))
+        } else {
+            (Vec::new(), None)
+        };
+        let layer = manifest.layers().last().expect("a converted image ends with its bootstrap");
+        Ok((config, image.bootstrap(layer, diff_id, options.max_bootstrap).await?))
     }
 }
 
-async fn open_at(place: &Place, reference: &Reference, options: &OpenOptions) -> Result<Remote, ImageError> {
-    let (raw, manifest) = place.manifest(reference, &options.platform, Flavour::PreferConverted).await?;
-    let source = place.source();
-    let image = Image { name: reference.to_string(), source: Arc::clone(&source) };
-    let layer = match manifest.layers().last() {
-        Some(layer) if oci::is_converted(&manifest) => layer,
-        _ => return Err(ImageError::NotConverted { image: image.name, manifest: raw.digest }),
-    };
-    let blobs = image.data_blobs(&manifest)?;
-    let config_ref = image.blob_ref(manifest.config())?;
-    let (config, diff_id) = if options.config {
-        let config = image.read_small("config", &config_ref, MAX_CONFIG).await?;
-        let diff_id = image.diff_id(&config_ref, &config, manifest.layers().len())?;
-        (config, Some(diff_id))
-    } else {
-        (Vec::new(), None)
-    };
-    let bootstrap = image.bootstrap(layer, diff_id, options.max_bootstrap).await?;
-    Ok(Remote {
-        reference: reference.clone(),
-        manifest_digest: raw.digest,
-        manifest,
-        config,
-        bootstrap,
-        blobs,
-        source,
-    })
+/// Opens a converted image: resolves its manifest, reads its config and bootstrap, and checks each against
+/// its digest.
+///
+/// # Errors
+/// As [`find`] and [`Found::open`].
+pub async fn open(reference: &Reference, options: &OpenOptions) -> Result<Remote, ImageError> {
+    find(reference, options).await?.open().await
 }
 
 /// How a layer's tar stream is packed.

@@ -11,6 +11,8 @@ use crate::source::BlobRef;
 pub const MEDIA_TYPE_RAFS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
 /// Annotation of a RAFS data blob layer.
 pub const ANNOTATION_RAFS_BLOB: &str = "containerd.io/snapshot/nydus-blob";
+/// Annotation of the data blob layer that is wanted first, and whole: it can be asked for before the bootstrap is read.
+pub const ANNOTATION_START_BLOB: &str = "containerd.io/snapshot/skimmer-start-blob";
 /// Annotation of the bootstrap layer, always the last one.
 pub const ANNOTATION_BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 /// Annotation of the bootstrap layer with the RAFS version, `"6"`.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::digest::Digest;
 
@@ -226,6 +227,32 @@ impl Body {
         self.next
     }
 
+    /// Reads ahead of its reader as far as `room` has permits, one a byte: a body that nobody reads yet loses no time.
+    #[must_use]
+    pub fn ahead(mut self, room: Arc<Semaphore>, most: u32) -> Self {
+        let mut pieces = std::mem::replace(&mut self.pieces, futures_util::stream::empty().boxed());
+        // Bounded by the permits.
+        let (sender, queue) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(piece) = pieces.next().await {
+                let bytes = piece.as_ref().map_or(0, Bytes::len);
+                let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(most);
+                // Nobody closes the semaphore.
+                let permit = Arc::clone(&room).acquire_many_owned(bytes).await;
+                if sender.send((piece, permit)).is_err() {
+                    return;
+                }
+            }
+        });
+        self.pieces = futures_util::stream::unfold(queue, async |mut queue| {
+            let (piece, permit) = queue.recv().await?;
+            drop(permit);
+            Some((piece, queue))
+        })
+        .boxed();
+        self
+    }
+
     /// Puts the end of the last piece back: it comes again with [`Body::next`].
     pub(crate) fn unread(&mut self, rest: Bytes) {
         if !rest.is_empty() {
@@ -361,5 +388,30 @@ mod tests {
         let stalled = pending.collect().await.unwrap_err();
         assert_eq!(stalled.class, ErrorClass::Transient);
         assert!(stalled.detail.contains("at byte 1"), "{stalled}");
+    }
+
+    #[tokio::test]
+    async fn a_body_reads_ahead_of_its_reader_as_far_as_there_is_room() {
+        let taken = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = Arc::clone(&taken);
+        let pieces = stream::iter((0..10_u8).map(move |number| {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            Ok(Bytes::from(vec![number; 10]))
+        }));
+        let blob = BlobRef { digest: Digest::of(b""), size: 100 };
+        let room = Arc::new(Semaphore::new(35));
+        let mut body = Body::new("test", &blob, 0..100, None, pieces.boxed()).ahead(Arc::clone(&room), 35);
+        while room.available_permits() > 5 {
+            tokio::task::yield_now().await;
+        }
+        tokio::task::yield_now().await;
+        // Three are kept, one waits for room.
+        assert_eq!(taken.load(std::sync::atomic::Ordering::Relaxed), 4);
+        for number in 0..10 {
+            assert_eq!(body.next().await.unwrap().unwrap(), vec![number; 10]);
+        }
+        assert!(body.next().await.is_none());
+        drop(body);
+        assert_eq!(room.available_permits(), 35);
     }
 }

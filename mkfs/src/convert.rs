@@ -81,7 +81,7 @@ pub fn convert(
 
     progress.phase(Phase::Bootstrap);
     let counts: Vec<usize> = packed.blobs.iter().map(|blob| blob.chunks.len()).collect();
-    let plan = Plan::new(&tree, &packed, &counts, options.chunk_size)?;
+    let plan = Plan::new(&tree, &packed, &counts)?;
     // What can still be refused is refused before the first blob gets its name.
     plan.prefetch(&tree, &options.prefetch)?;
     let mut blobs: Vec<(BlobRef, PublishedBlob)> = Vec::with_capacity(plan.blobs.len());

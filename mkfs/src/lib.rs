@@ -31,7 +31,7 @@ mod tree;
 pub use convert::{Input, convert};
 pub use error::{EntryProblem, MkfsError};
 pub use ociinput::Selector;
-pub use optimize::{Converted, Optimized, Touch, optimize};
+pub use optimize::{Converted, Optimized, Pieces, Touch, optimize};
 pub use options::{Compression, Digest, Options, UnsupportedXattrs};
 pub use progress::{Phase, Progress};
 pub use report::{BlobReport, Dedup, Report, TreeCounts};

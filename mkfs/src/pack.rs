@@ -11,8 +11,8 @@ use crate::pool::{Encoded, Known, Pool, Ticket};
 use crate::report::Dedup;
 use crate::{MkfsError, Options};
 
-/// Chunk indexes in all files of an image together. They take 8 bytes each here and in the bootstrap, so this bounds
-/// both to 256 MiB: a tar header of 512 bytes can claim a sparse file of any size.
+/// Chunk indexes in all files of an image together. They take 12 bytes each here and 8 in the bootstrap, so this bounds
+/// it to 256 MiB: a tar header of 512 bytes can claim a sparse file of any size.
 const INDEXES_MAX: usize = 1 << 25;
 
 /// What makes two chunks the same.
@@ -27,6 +27,16 @@ pub(crate) struct ChunkKey {
 pub(crate) struct ChunkRef {
     pub(crate) blob: u32,
     pub(crate) index: u32,
+    /// Blocks of the chunk in front of what is meant; 0 unless indexes are fine.
+    pub(crate) skip: u16,
+}
+
+/// The chunks of one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FileChunks {
+    /// Bytes of the file that each stands for: the image's chunk size, or less where indexes are fine.
+    pub(crate) unit: u32,
+    pub(crate) refs: Vec<ChunkRef>,
 }
 
 /// Names the chunks of one file.
@@ -65,7 +75,7 @@ pub(crate) struct Packer<'a> {
     pending_bytes: usize,
     pending_limit: usize,
     indexes: usize,
-    files: Vec<Vec<ChunkRef>>,
+    files: Vec<FileChunks>,
     zeros: HashMap<u32, ChunkRef>,
     zeros_sent: HashSet<u32>,
     blobs: Vec<Blob>,
@@ -77,13 +87,13 @@ pub(crate) struct Packer<'a> {
 /// What all layers' data became.
 pub(crate) struct Packed {
     pub(crate) blobs: Vec<Blob>,
-    pub(crate) files: Vec<Vec<ChunkRef>>,
+    pub(crate) files: Vec<FileChunks>,
     pub(crate) dedup: Dedup,
     pub(crate) data_bytes: u64,
 }
 
 impl Packed {
-    pub(crate) fn chunks_of(&self, id: DataId) -> &[ChunkRef] {
+    pub(crate) fn chunks_of(&self, id: DataId) -> &FileChunks {
         &self.files[id.0]
     }
 }
@@ -127,7 +137,7 @@ impl<'a> Packer<'a> {
             remedy: "choose a larger chunk size",
         })?;
         let id = DataId(self.files.len());
-        self.files.push(Vec::new());
+        self.files.push(FileChunks { unit: self.options.chunk_size, refs: Vec::new() });
         Ok(FileData { packer: self, id, remaining: size, buffer: Vec::new(), zeros: 0 })
     }
 
@@ -183,7 +193,7 @@ impl<'a> Packer<'a> {
                     .expect("the first zero chunk of a length is collected before later ones")
             }
         };
-        self.files[file.0].push(place);
+        self.files[file.0].refs.push(place);
         Ok(())
     }
 
@@ -201,7 +211,7 @@ impl<'a> Packer<'a> {
             Some(writer) => writer,
             none => none.insert(BlobWriter::create(self.layout, self.options)?),
         };
-        let place = ChunkRef { blob, index: writer.push(chunk)? };
+        let place = ChunkRef { blob, index: writer.push(chunk)?, skip: 0 };
         self.dedup.chunks_stored += 1;
         self.known.write().unwrap_or_else(PoisonError::into_inner).insert(chunk.key, place);
         Ok(place)

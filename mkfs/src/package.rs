@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use erofs_format::blob_table::BlobFeatures;
 use serde_json::{Map, Value, json};
 use skimmer_fetcher::BlobRef;
 use skimmer_fetcher::digest::{Digest, Hasher};
@@ -59,9 +60,12 @@ pub(crate) fn package(
     let platform = platform(&config, options.mark_platform);
     let config = layout.put_blob(&to_json(&config)?)?;
     let mut layers: Vec<Value> = Vec::with_capacity(parts.blobs.len() + 1);
-    for (blob, _) in parts.blobs {
+    for (blob, published) in parts.blobs {
         let mut layer = descriptor(oci::MEDIA_TYPE_RAFS_BLOB, blob);
         layer["annotations"] = json!({ oci::ANNOTATION_RAFS_BLOB: "true" });
+        if published.entry.features.get() & BlobFeatures::SEPARATED_PREFETCH_FILES.bits() != 0 {
+            layer["annotations"][oci::ANNOTATION_START_BLOB] = json!("true");
+        }
         layers.push(layer);
     }
     let mut layer = descriptor(MEDIA_TYPE_LAYER_GZIP, &boot_layer);

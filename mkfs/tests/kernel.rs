@@ -27,7 +27,7 @@ use skimmer_fetcher::BlobRef;
 use skimmer_fetcher::digest::Digest as BlobDigest;
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::oci;
-use skimmer_mkfs::{Compression, Digest, Input, Options, Touch, device, optimize};
+use skimmer_mkfs::{Compression, Digest, Input, Options, Pieces, Touch, device, optimize};
 use skimmer_test_support::skip_this;
 
 fn is_root() -> bool {
@@ -364,13 +364,19 @@ fn an_optimized_image_mounts_as_the_one_it_came_from() {
             let length = u64::from(chunk.uncompressed_size);
             Touch { blob: image.blobs()[0].id.0, offset: chunk.uncompressed_offset, length }
         };
-        // From the end to the start, one twice, one of another image, one over the edge of two chunks.
+        // From the end to the start, one twice, one of another image, one over the edge of two chunks, and single
+        // blocks here and there.
+        let blob = image.blobs()[0].id.0;
         let mut trace: Vec<Touch> = (0..map.len()).step_by(7).rev().map(touch).collect();
         trace.push(trace[0]);
         trace.push(Touch { blob: [7; 32], offset: 0, length: 1 });
         let edge = map.windows(2).find(|pair| pair[0].uncompressed_size == 1 << 16).unwrap();
-        let offset = edge[1].uncompressed_offset - 1;
-        trace.push(Touch { blob: image.blobs()[0].id.0, offset, length: 2 });
+        trace.push(Touch { blob, offset: edge[1].uncompressed_offset - 1, length: 2 });
+        let large = map.iter().filter(|chunk| chunk.uncompressed_size == 1 << 16);
+        trace.extend(large.step_by(3).enumerate().map(|(count, chunk)| {
+            let block = u64::try_from(count).unwrap() * 5 % 15 * 4096;
+            Touch { blob, offset: chunk.uncompressed_offset + block + 100, length: 5000 }
+        }));
         let manifest = manifest_at(&made.layout, &made.report.manifest);
         let config = made.layout.read_blob(&oci::blob_ref(manifest.config()).unwrap(), 1 << 20).unwrap();
         let from = skimmer_mkfs::Converted {
@@ -381,41 +387,74 @@ fn an_optimized_image_mounts_as_the_one_it_came_from() {
             config: &config,
             annotations: None,
         };
-        let output = Layout::create(made.dir.path().join("optimized")).unwrap();
-        let optimized = optimize(&from, &trace, &output, &Options::default()).unwrap();
-        let again = optimize(&from, &trace, &output, &Options::default()).unwrap();
-        assert_eq!(optimized.manifest, again.manifest, "the same trace gives the same image");
-        assert_eq!(optimized.strange_reads, 1);
-        assert!(optimized.chunks >= map.len() / 7 && optimized.chunks <= map.len() / 7 + 3);
+        let sizes = [Pieces::Blocks, Pieces::Chunks].map(|form| {
+            let dir = made.dir.path().join(format!("{form:?}"));
+            let output = Layout::create(&dir).unwrap();
+            let optimized = optimize(&from, &trace, form, &output, &Options::default()).unwrap();
+            let again = optimize(&from, &trace, form, &output, &Options::default()).unwrap();
+            assert_eq!(optimized.manifest, again.manifest, "the same trace gives the same image");
+            assert_eq!(optimized.strange_reads, 1);
 
-        let bootstrap = bootstrap_at(&output, &optimized.manifest, &optimized.bootstrap);
-        let image = Image::parse(&bootstrap).unwrap();
-        assert_eq!(image.check().unwrap().wrong_link_counts, 0);
-        let start = image.blobs().last().unwrap();
-        assert_eq!(start.id.to_string(), optimized.start_blob);
-        assert!(start.features.contains(BlobFeatures::SEPARATED_PREFETCH_FILES));
-        let first = image.chunk_map(start.index).unwrap()[0];
-        assert_eq!(first.digest, map[(map.len() - 1) / 7 * 7].digest, "in the order of the trace");
-        let path = made.dir.path().join("optimized-bootstrap");
-        fs::write(&path, &bootstrap).unwrap();
-        let devices: Vec<PathBuf> = (0..image.blobs().len())
-            .map(|index| {
-                let blob = &image.blobs()[index];
-                let path = made.dir.path().join(format!("optimized-{index}"));
-                let mut file = fs::File::create(&path).unwrap();
-                file.set_len(blob.uncompressed_size).unwrap();
-                let reference =
-                    BlobRef { digest: blob.id.to_string().parse_hex(), size: blob.compressed_size };
-                let mut stored = output.open_blob(&reference).unwrap();
-                device::expand_blob(&image, index, &mut stored, &mut file).unwrap();
-                path
-            })
-            .collect();
-        let mounted = mount(made.dir.path(), &path, &devices).unwrap();
-        compare(source.path(), &mounted.0);
-        drop(mounted);
+            let bootstrap = bootstrap_at(&output, &optimized.manifest, &optimized.bootstrap);
+            let image = Image::parse(&bootstrap).unwrap();
+            assert_eq!(image.check().unwrap().wrong_link_counts, 0);
+            let start = image.blobs().last().unwrap();
+            assert_eq!(start.id.to_string(), optimized.start_blob);
+            assert!(start.features.contains(BlobFeatures::SEPARATED_PREFETCH_FILES));
+            let fine = form == Pieces::Blocks;
+            assert_eq!(start.features.contains(BlobFeatures::FINE_INDEXES), fine);
+            let first = image.chunk_map(start.index).unwrap()[0];
+            assert_eq!(first.digest, map[(map.len() - 1) / 7 * 7].digest, "in the order of the trace");
+            let path = dir.join("bootstrap");
+            fs::write(&path, &bootstrap).unwrap();
+            let devices: Vec<PathBuf> = (0..image.blobs().len())
+                .map(|index| {
+                    let blob = &image.blobs()[index];
+                    let path = dir.join(format!("device-{index}"));
+                    let mut file = fs::File::create(&path).unwrap();
+                    file.set_len(blob.uncompressed_size).unwrap();
+                    let reference =
+                        BlobRef { digest: blob.id.to_string().parse_hex(), size: blob.compressed_size };
+                    let mut stored = output.open_blob(&reference).unwrap();
+                    device::expand_blob(&image, index, &mut stored, &mut file).unwrap();
+                    path
+                })
+                .collect();
+            let mounted = mount(&dir, &path, &devices).unwrap();
+            compare(source.path(), &mounted.0);
+            drop(mounted);
 
-        let nothing = optimize(&from, &[Touch { blob: [7; 32], offset: 0, length: 1 }], &output, &options);
+            let optimized_blobs: Vec<BlobRef> = image
+                .blobs()
+                .iter()
+                .map(|blob| BlobRef { digest: blob.id.to_string().parse_hex(), size: blob.compressed_size })
+                .collect();
+            let twice = skimmer_mkfs::Converted {
+                name: "optimized",
+                layout: &output,
+                blobs: &optimized_blobs,
+                bootstrap: &bootstrap,
+                config: &config,
+                annotations: None,
+            };
+            let touch = Touch { blob: start.id.0, offset: 0, length: 1 };
+            let again = optimize(&twice, &[touch], form, &output, &Options::default());
+            match again {
+                Ok(_) => assert!(!fine),
+                Err(error) => assert!(fine && error.to_string().contains("optimized already"), "{error}"),
+            }
+            optimized.device_bytes
+        });
+        assert!(sizes[0] < sizes[1], "blocks take less than chunks: {sizes:?}");
+
+        let output = Layout::create(made.dir.path().join("nothing")).unwrap();
+        let nothing = optimize(
+            &from,
+            &[Touch { blob: [7; 32], offset: 0, length: 1 }],
+            Pieces::Blocks,
+            &output,
+            &options,
+        );
         assert!(nothing.unwrap_err().to_string().contains("trace"));
     }
 }

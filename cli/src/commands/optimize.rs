@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use skimmer_client::Record;
+use indicatif::ProgressBar;
+use skimmer_client::{AttachMode, Record};
 use skimmer_fetcher::Reference;
 use skimmer_fetcher::archive::Archive;
 use skimmer_fetcher::copy::{self, Images};
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::oci::{Flavour, Platform};
-use skimmer_mkfs::{Converted, Optimized, Touch};
+use skimmer_mkfs::{Converted, Optimized, Pieces, Touch};
 
 use super::record;
 use crate::{Global, image, output};
@@ -22,11 +23,15 @@ pub(crate) struct Options {
     /// Where the optimized image goes; it may be the layout of the source, with another tag.
     destination: String,
     /// The access trace: a recording of a mount with `--record=exact`, from the mount to when the container was ready.
-    #[arg(long, value_name = "RECORDING")]
-    trace: PathBuf,
+    /// Starts differ a little: give more than one recording for a start blob that holds what any of them read.
+    #[arg(long, value_name = "RECORDING", required = true)]
+    trace: Vec<PathBuf>,
     /// Tag of the result in a destination layout [default: the source's].
     #[arg(long)]
     tag: Option<String>,
+    /// Move whole chunks. The start blob is larger then, but other RAFS loaders can read the image too.
+    #[arg(long)]
+    whole_chunks: bool,
     #[command(flatten)]
     registry: image::Registry,
 }
@@ -34,14 +39,8 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     let source = Reference::parse_source(&options.source)?;
     let destination = Reference::parse_destination(&options.destination)?;
-    let recording = record::load(&options.trace)?;
-    ensure!(!recording.cut, "{}: the recording was cut short; record less", options.trace.display());
     let bar = output::progress(global, "fetching");
-    if recording.record != Record::Exact {
-        bar.println(
-            "warning: the recording is not exact: what was fetched ahead of need is missing from it, if it was read",
-        );
-    }
+    let (trace, form) = traces(&options, &bar)?;
     let scratch = image::scratch(&destination)?;
     // All of the image, in a layout.
     let (layout, opened, source_tag) = match &source {
@@ -63,14 +62,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     };
     let remote = skimmer_fetcher::image::open(&opened, &options.registry.open_options(&opened)?).await?;
     let (target, tag) = image::output(&destination, &scratch)?;
-    let mut trace = Vec::with_capacity(recording.reads.len());
-    let ids: Vec<[u8; 32]> = recording.blobs.iter().map(|id| blob_id(id)).collect::<Result<_>>()?;
-    for read in &recording.reads {
-        let blob = ids.get(read.blob);
-        let blob = *blob.with_context(|| format!("the recording has no blob number {}", read.blob))?;
-        trace.push(Touch { blob, offset: read.offset, length: read.length });
-    }
-    bar.set_message("moving chunks");
+    bar.set_message("writing the start blob");
     let mut mkfs = skimmer_mkfs::Options::default();
     mkfs.tag = tag.or(options.tag.clone()).or(source_tag);
     let (name, out) = (options.source.clone(), target.clone());
@@ -83,7 +75,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
             config: &remote.config,
             annotations: remote.manifest.annotations().clone(),
         };
-        skimmer_mkfs::optimize(&converted, &trace, &out, &mkfs)
+        skimmer_mkfs::optimize(&converted, &trace, form, &out, &mkfs)
     });
     let result = result.await.context("the work ended early")??;
     match &destination {
@@ -97,6 +89,37 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     }
     bar.finish_and_clear();
     if global.json { output::json(&result) } else { print(&result, &options, global) }
+}
+
+/// The reads of all recordings, and in what pieces they may be moved.
+fn traces(options: &Options, bar: &ProgressBar) -> Result<(Vec<Touch>, Pieces)> {
+    let mut trace = Vec::new();
+    let mut form = if options.whole_chunks { Pieces::Chunks } else { Pieces::Blocks };
+    for path in &options.trace {
+        let name = path.display();
+        let recording = record::load(path)?;
+        ensure!(!recording.cut, "{name}: the recording was cut short; record less");
+        if recording.record != Record::Exact {
+            form = Pieces::Chunks;
+            bar.println(format!(
+                "warning: {name} is not exact: what was fetched ahead of need is missing from it, if it was read; \
+                 whole chunks are moved"
+            ));
+        } else if recording.mode == AttachMode::Fscache && form == Pieces::Blocks {
+            form = Pieces::Chunks;
+            bar.println(format!(
+                "{name}: over fscache the kernel does not tell what else of a chunk it reads, so whole chunks are \
+                 moved; record with `--mode fanotify` for a smaller start blob"
+            ));
+        }
+        let ids: Vec<[u8; 32]> = recording.blobs.iter().map(|id| blob_id(id)).collect::<Result<_>>()?;
+        for read in &recording.reads {
+            let blob = ids.get(read.blob);
+            let blob = *blob.with_context(|| format!("{name} has no blob number {}", read.blob))?;
+            trace.push(Touch { blob, offset: read.offset, length: read.length });
+        }
+    }
+    Ok((trace, form))
 }
 
 fn blob_id(text: &str) -> Result<[u8; 32]> {

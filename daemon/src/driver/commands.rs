@@ -100,6 +100,10 @@ impl Driver {
             Command::Prefetch { blob, range, background, reply } => {
                 let _ = reply.send(self.prefetch(blob, &range, background));
             }
+            Command::Offer { ahead, until, reply } => {
+                self.fetches.offer(ahead, until);
+                let _ = reply.send(Ok(()));
+            }
             Command::StopFill { blob, reply } => {
                 for object in self.objects.of(blob) {
                     self.input(Input::StopFill { object });
@@ -387,8 +391,15 @@ impl Driver {
     }
 
     fn end_recording(&mut self, number: u64) {
+        let blobs = self.objects.blobs().into_iter().map(|(_, blob)| blob);
+        let exact: Vec<BlobId> = blobs.filter(|blob| self.recordings.is_exact(*blob)).collect();
         self.recordings.end(number);
         self.follow_recordings();
+        for blob in exact {
+            let Some(known) = self.blobs.get(&blob) else { continue };
+            let filled = runs(known.spec.chunks.iter().filter(|chunk| known.ready.contains(chunk.index)));
+            self.tell_filled(blob, &filled);
+        }
     }
 
     /// Tells the engine for which objects exactly what is asked for is to be fetched.

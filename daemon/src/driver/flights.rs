@@ -284,8 +284,11 @@ impl Driver {
         }
     }
 
-    /// Lets the keeper answer accesses to these bytes by itself.
+    /// Lets the keeper answer accesses to these bytes by itself; not while every one of them is to be recorded.
     pub(super) fn tell_filled(&mut self, blob: BlobId, runs: &[Range<u64>]) {
+        if self.recordings.is_exact(blob) {
+            return;
+        }
         for run in runs {
             let Some(fanotify) = &mut self.fanotify else { return };
             if let Err(error) = fanotify.filled(blob, run.start, run.end - run.start) {

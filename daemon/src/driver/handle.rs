@@ -11,6 +11,7 @@ use super::recording::Recorded;
 use super::{DriverError, Status};
 use crate::blob::{BlobId, BlobSpec, ReadyBits};
 use crate::frontend::{CookieRole, FscacheSetup};
+use crate::requests::Ahead;
 use crate::ring::Waker;
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, DriverError>>;
@@ -26,6 +27,7 @@ pub(crate) enum Command {
     ExpectCookie { volume: String, cookie: String, role: CookieRole, reply: Reply<()> },
     ForgetCookie { volume: String, cookie: String, reply: Reply<()> },
     Prefetch { blob: BlobId, range: Range<u64>, background: bool, reply: Reply<()> },
+    Offer { ahead: Ahead, until: u64, reply: Reply<()> },
     StopFill { blob: BlobId, reply: Reply<()> },
     Missing { blob: BlobId, ranges: Vec<Range<u64>>, reply: Reply<(u64, u64)> },
     Prove { blob: BlobId, range: Range<u64>, seen: oneshot::Sender<()>, reply: Reply<()> },
@@ -152,6 +154,11 @@ impl Handle {
         let (seen, told) = oneshot::channel();
         self.ask(|reply| Command::Prove { blob, range, seen, reply }).await?;
         Ok(told)
+    }
+
+    /// Gives a body that is there, or is coming, to the first flight that reads its blob; it ends at `until`.
+    pub(crate) async fn offer(&self, ahead: Ahead, until: u64) -> Result<(), DriverError> {
+        self.ask(|reply| Command::Offer { ahead, until, reply }).await
     }
 
     /// Ends what [`Self::prove`] began.

@@ -39,7 +39,7 @@ struct Plan {
 impl Mounts {
     /// Mounts an opened image on `target`. The caller holds the image's turn.
     pub(super) async fn attach(
-        &self,
+        self: &Arc<Self>,
         opened: &Opened,
         request: &MountRequest,
         target: &Path,
@@ -149,7 +149,7 @@ impl Mounts {
         Ok(plan)
     }
 
-    async fn raise_and_prove(&self, opened: &Opened, plan: &Plan) -> Result<Raised, Failure> {
+    async fn raise_and_prove(self: &Arc<Self>, opened: &Opened, plan: &Plan) -> Result<Raised, Failure> {
         let raised = self.raise(opened, plan.mode).await?;
         if !plan.watched.is_empty() {
             self.prove(opened, plan, &raised).await?;
@@ -158,9 +158,17 @@ impl Mounts {
             // Not before: fscache files are known since the kernel opened them, and what is there proves no mark.
             self.prefetch_listed(&opened.early).await?;
         }
-        let all_there = plan.mode != AttachMode::Fscache && plan.watched.is_empty();
         if let Some(name) = &raised.bdi {
-            self.set_read_ahead(name, all_there);
+            if plan.mode != AttachMode::Fscache && plan.watched.is_empty() {
+                self.set_read_ahead(name, self.config.mount.read_ahead_kib);
+            } else if !plan.prefetch {
+                self.set_read_ahead(name, self.config.mount.start_read_ahead_kib);
+            } else if opened.early.start {
+                self.set_read_ahead(name, self.config.mount.start_read_ahead_kib);
+                self.end_start_later(name);
+            } else {
+                self.set_read_ahead(name, self.config.mount.cold_read_ahead_kib);
+            }
         }
         Ok(raised)
     }
@@ -455,18 +463,6 @@ impl Mounts {
         };
         Failure::new(Kind::Source, message)
             .remedy("nothing was mounted; check that the image's source can be reached, then try again")
-    }
-
-    /// Sets how far the kernel reads ahead of a reader, or around a page fault. Files that are open keep what they have.
-    pub(super) fn set_read_ahead(&self, name: &str, all_there: bool) {
-        let mount = &self.config.mount;
-        let kib = if all_there { mount.read_ahead_kib } else { mount.cold_read_ahead_kib };
-        if kib == 0 {
-            return;
-        }
-        if let Err(error) = bdi::set_read_ahead(name, kib) {
-            tracing::info!("readahead of {name} stays as it is: {error}");
-        }
     }
 
     fn describe(

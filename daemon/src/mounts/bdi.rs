@@ -24,6 +24,15 @@ pub fn added(before: Option<&BTreeSet<String>>, after: Option<&BTreeSet<String>>
     new.next().is_none().then(|| name.clone())
 }
 
+/// The readahead of a superblock, KiB.
+///
+/// # Errors
+/// The system's answer.
+pub fn read_ahead(name: &str) -> io::Result<u64> {
+    let text = std::fs::read_to_string(Path::new(CLASS).join(name).join("read_ahead_kb"))?;
+    text.trim().parse().map_err(io::Error::other)
+}
+
 /// Sets the readahead of a superblock, KiB.
 ///
 /// # Errors

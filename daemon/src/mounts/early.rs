@@ -26,6 +26,8 @@ pub struct Early {
     pub ranges: Vec<(BlobId, Range<u64>)>,
     /// Files they belong to.
     pub files: u64,
+    /// Whether the image has a start blob: what its start reads is known, and is all that should be asked for.
+    pub start: bool,
     /// Inodes seen: each counts once, however often it is listed.
     seen: HashSet<u64>,
 }
@@ -45,6 +47,7 @@ impl Early {
         for (blob, spec) in image.blobs().iter().zip(specs) {
             if blob.features.contains(BlobFeatures::SEPARATED_PREFETCH_FILES) {
                 early.push(spec.id, 0..spec.device_bytes);
+                early.start = true;
             }
         }
         for nid in image.prefetch() {

@@ -15,6 +15,7 @@ pub mod probe;
 
 mod attach;
 mod early;
+mod readahead;
 mod recording;
 mod release;
 mod restore;
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use skimmer_client::{AttachMode, BlobReport, KeeperReport, ModeReport, Mount, MountRequest, StatusReport};
 use skimmer_fetcher::http::Pool;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use crate::blob::{BlobId, BlobSpec};
 use crate::config::Config;
@@ -88,6 +89,8 @@ pub struct Mounts {
     state: Mutex<State>,
     /// HTTP clients of all images' sources.
     pool: Pool,
+    /// Room for start blobs that come ahead of their bootstraps, bytes.
+    ahead: Arc<Semaphore>,
     /// One mount at a time of the same image: the second is a clone of the first.
     turns: Turns,
     /// One superblock is made at a time, so that its name among all can be told.
@@ -210,6 +213,7 @@ impl Mounts {
             secrets: StdMutex::new(parts.secrets),
             state: Mutex::default(),
             pool: Pool::default(),
+            ahead: Arc::new(Semaphore::new(usize::try_from(open::AHEAD).unwrap_or(usize::MAX))),
             turns: Turns::default(),
             raising: Mutex::default(),
             proving: Mutex::default(),

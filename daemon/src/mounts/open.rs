@@ -5,22 +5,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use erofs_format::Image;
-use skimmer_client::{Credentials, MountRequest};
+use skimmer_client::{Credentials, MountRequest, Record};
 use skimmer_fetcher::archive::Archive;
 use skimmer_fetcher::credentials::Secret;
 use skimmer_fetcher::http::{HttpOptions, Timeouts};
-use skimmer_fetcher::image::OpenOptions;
+use skimmer_fetcher::image::{self, Found, ImageError, OpenOptions};
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::origin::Origin;
 use skimmer_fetcher::reference::Reference;
 use skimmer_fetcher::registry::{RegistryOptions, Repository};
-use skimmer_fetcher::source::Source;
+use skimmer_fetcher::source::{Source, Urgency};
+use tokio::sync::oneshot;
 
 use super::early::Early;
 use super::{Failure, Kind, Mounts};
 use crate::blob::{BlobId, BlobSpec};
+use crate::requests::Ahead;
 use crate::store::bootstraps;
 use crate::store::records::{BlobRecord, ImageRecord, SourceRecord};
+
+/// Bytes of start blobs that may be in memory before their bootstraps are there, for all mounts together.
+pub(super) const AHEAD: u32 = 8 << 20;
 
 /// An image that was resolved, fetched as far as it has to be, and checked.
 pub struct Opened {
@@ -92,7 +97,12 @@ impl Mounts {
         };
         let limit = self.config.mount.open_timeout();
         let failed = |message: String| Failure::new(Kind::Source, message);
-        let remote = tokio::time::timeout(limit, skimmer_fetcher::image::open(&reference, &options))
+        let opening = async {
+            let found = image::find(&reference, &options).await?;
+            let ahead = self.read_ahead_of_bootstrap(&found, &reference, request);
+            Ok::<_, ImageError>((ahead, found.open().await?))
+        };
+        let (ahead, remote) = tokio::time::timeout(limit, opening)
             .await
             .map_err(|_| failed(format!("{}: did not answer within {} s", request.image, limit.as_secs())))?
             .map_err(|error| failed(error.to_string()))?;
@@ -111,6 +121,13 @@ impl Mounts {
                 message: format!("{}: {}", request.image, failure.message),
                 ..failure
             })?;
+        if let Some(ahead) = ahead
+            && let Some(spec) = specs.iter().find(|spec| spec.id.bytes() == ahead.blob.as_bytes())
+        {
+            let ends =
+                spec.chunks.iter().map(|chunk| chunk.spec.stored_offset + u64::from(chunk.spec.stored_len));
+            self.driver.offer(ahead, ends.max().unwrap_or_default()).await?;
+        }
         let image = ImageRecord {
             bootstrap: bootstraps::name(&bootstrap),
             sources: vec![SourceRecord {
@@ -125,6 +142,32 @@ impl Mounts {
                 .collect(),
         };
         Ok(Opened { image, bootstrap, specs, early, source: remote.source })
+    }
+
+    /// Asks for the start blob while the bootstrap is on its way: what is in it is known when that has come.
+    fn read_ahead_of_bootstrap(
+        &self,
+        found: &Found,
+        reference: &Reference,
+        request: &MountRequest,
+    ) -> Option<Ahead> {
+        let is_remote = matches!(reference, Reference::Registry(_) | Reference::Origin(_));
+        let wanted = self.config.prefetch.listed && request.record != Some(Record::Exact);
+        let blob = found.start_blob().filter(|_| is_remote && wanted)?;
+        if self.store.claims_path(BlobId::new(*blob.digest.as_bytes())).exists() {
+            return None;
+        }
+        let (source, (sender, body)) = (Arc::clone(found.source()), oneshot::channel());
+        let room = Arc::clone(&self.ahead);
+        let name = source.name().to_owned();
+        tokio::spawn(async move {
+            match source.read(&blob, 0..blob.size, Urgency::Ahead).await {
+                // Nobody may want it any more.
+                Ok(body) => drop(sender.send(body.ahead(room, AHEAD))),
+                Err(error) => tracing::debug!(blob = %blob.digest, "not read ahead: {error}"),
+            }
+        });
+        Some(Ahead { blob: blob.digest, source: name, body })
     }
 
     /// The source of an image that is mounted already, without asking it anything: it may be down just now.

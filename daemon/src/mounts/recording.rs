@@ -18,6 +18,12 @@ pub(super) struct Recorder {
     image: String,
 }
 
+impl Attachment {
+    pub(super) fn is_recorded_exactly(&self) -> bool {
+        self.recorder.as_ref().is_some_and(|recorder| recorder.record == Record::Exact)
+    }
+}
+
 impl Mounts {
     /// Begins to record if the request says so. Call it when the data path knows the blobs.
     pub(super) async fn begin_recording(

@@ -265,7 +265,7 @@ impl Mounts {
                 all_there &= ready.is_some_and(|ready| spec.is_complete(&ready));
             }
             if all_there {
-                self.set_read_ahead(name, true);
+                self.set_read_ahead(name, self.config.mount.read_ahead_kib);
             }
         }
     }
@@ -277,8 +277,11 @@ impl Mounts {
             return;
         }
         let Some(ready) = self.journal.recorded(mode, blob).await else { return };
-        // A mount that could not be picked up may need more than is known.
-        if state.attachments.iter().any(|attachment| attachment.may_have(blob)) {
+        // A mount that could not be picked up may need more than is known; and an exact recording is of every read.
+        let keeps = |attachment: &Attachment| {
+            attachment.may_have(blob) || (attachment.has(blob) && attachment.is_recorded_exactly())
+        };
+        if state.attachments.iter().any(keeps) {
             return;
         }
         let mut specs = state.attachments.iter().flat_map(|attachment| &attachment.specs);

@@ -121,6 +121,9 @@ impl Mounts {
             state.watched.insert(spec.id);
         }
         tracing::info!(bootstrap = %record.bootstrap, mode = %record.mode, mounts = record.mounts.len(), "picked up");
+        if let Some(name) = &record.bdi {
+            self.end_start(name);
+        }
         let record = record.clone();
         state.attachments.push(Attachment {
             record,

@@ -138,6 +138,20 @@ impl<'a> Image<'a> {
             return Err(("ci_index", 0, Problem::Missing("its entry in the chunk table")));
         };
         let expected = entry.uncompressed_offset.get();
+        if self.core.fine {
+            // Offsets in a device are below 2^44, those of the table were checked before: no overflow.
+            let (start, end) = (chunk.device_offset, chunk.device_offset + u64::from(chunk.size));
+            let limit = expected + u64::from(entry.uncompressed_size.get());
+            let problem = if start < expected {
+                let with = "the start of its chunk (as bytes in the device)";
+                Problem::Mismatch { found: start, expected, with }
+            } else if end > limit {
+                Problem::OutOfRange { end, limit, of: "its chunk (as bytes in the device)" }
+            } else {
+                return Ok(());
+            };
+            return Err(("start_block", 4, problem));
+        }
         if chunk.device_offset != expected {
             let problem = Problem::Mismatch {
                 found: chunk.device_offset,

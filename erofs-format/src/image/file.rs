@@ -8,7 +8,7 @@ use crate::{
     layout::BLOCK,
 };
 
-/// A chunk of a file, as its index says: where in which device.
+/// A chunk of a file, as its index says: where in which device. With fine indexes it may be a part of the blob's chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk {
     /// Offset in the file.
@@ -29,7 +29,7 @@ pub struct Chunks<'a> {
     nid: u64,
     at: u64,
     blobs: usize,
-    chunk_size: u32,
+    unit: u32,
     file_size: u64,
     next: usize,
     indexes: &'a [ChunkIndex],
@@ -38,26 +38,18 @@ pub struct Chunks<'a> {
 impl<'a> Inode<'a> {
     /// The chunks of a regular file in order; none for other kinds and empty files.
     pub fn chunks(&self) -> Chunks<'a> {
-        let (indexes, at) = match self.data {
-            Data::Chunks { indexes, at, .. } => (indexes, at),
-            _ => (&[][..], self.offset),
+        let (indexes, at, unit) = match self.data {
+            Data::Chunks { indexes, at, unit, .. } => (indexes, at, unit),
+            _ => (&[][..], self.offset, self.core.chunk_size),
         };
-        Chunks {
-            nid: self.nid,
-            at,
-            blobs: self.core.blobs,
-            chunk_size: self.core.chunk_size,
-            file_size: self.size,
-            next: 0,
-            indexes,
-        }
+        Chunks { nid: self.nid, at, blobs: self.core.blobs, unit, file_size: self.size, next: 0, indexes }
     }
 
     /// Checks that the kernel, which may take the whole file by its first index, and user space, which takes each
     /// index, find the same bytes.
     pub(super) fn check_enlarged(&self) -> Result<()> {
         let Data::Chunks { header, at, .. } = self.data else { return Ok(()) };
-        if header.chunk_size() == u64::from(self.core.chunk_size) {
+        if header.chunk_size() <= u64::from(self.core.chunk_size) {
             return Ok(());
         }
         let mut first = None;
@@ -93,12 +85,12 @@ impl Chunks<'_> {
         if raw.start_block.get() == HOLE {
             return Err(thing.value("start_block", at + 4, HOLE, "a block (holes are not allowed)"));
         }
-        let file_offset = bytes::index(self.next) * u64::from(self.chunk_size);
+        let file_offset = bytes::index(self.next) * u64::from(self.unit);
         // The number of indexes is that of the file's chunks, so this is at least 1.
         let rest = self.file_size.saturating_sub(file_offset);
         Ok(Chunk {
             file_offset,
-            size: u32::try_from(rest).map_or(self.chunk_size, |rest| rest.min(self.chunk_size)),
+            size: u32::try_from(rest).map_or(self.unit, |rest| rest.min(self.unit)),
             blob,
             index: raw.ci_index(),
             device_offset: u64::from(raw.start_block.get()) * BLOCK,

@@ -63,8 +63,8 @@ pub(crate) enum Data<'a> {
         tail: &'a [u8],
         tail_at: u64,
     },
-    /// Regular file.
-    Chunks { header: ChunkHeader, indexes: &'a [ChunkIndex], at: u64 },
+    /// Regular file; `unit` are the bytes of the file that each index stands for.
+    Chunks { header: ChunkHeader, unit: u32, indexes: &'a [ChunkIndex], at: u64 },
 }
 
 /// The fields that both forms have.
@@ -298,11 +298,13 @@ impl<'a> Content<'a, '_> {
         let kernel = header.chunk_size();
         let ours = u64::from(self.core.chunk_size);
         // A larger chunk is allowed where it holds the whole file, because then the kernel uses the first index only.
-        if kernel < ours || (kernel > ours && self.fields.size > kernel) {
+        if (kernel < ours && !self.core.fine) || (kernel > ours && self.fields.size > kernel) {
             let expected = "the image's chunk size, or a larger one that holds the whole file";
             return Err(self.thing.value("i_u", u_at, self.fields.u, expected));
         }
-        let count = chunk_count(self.fields.size, self.core.chunk_size);
+        let unit =
+            u32::try_from(kernel).map_or(self.core.chunk_size, |kernel| kernel.min(self.core.chunk_size));
+        let count = chunk_count(self.fields.size, unit);
         let thing = Thing::ChunkIndexes(match self.thing {
             Thing::Inode(nid) => nid,
             _ => 0,
@@ -311,6 +313,6 @@ impl<'a> Content<'a, '_> {
             .ok_or_else(|| thing.error("indexes", self.head_end, Problem::Overflow))?;
         let at = if count == 0 { self.head_end } else { at };
         let indexes = bytes::slice(self.core.bytes, thing, "indexes", at, count)?;
-        Ok(Data::Chunks { header, indexes, at })
+        Ok(Data::Chunks { header, unit, indexes, at })
     }
 }

@@ -25,6 +25,7 @@ pub use walk::{Visit, Walk};
 pub use xattrs::{Xattr, Xattrs};
 
 use crate::{
+    blob_table::BlobFeatures,
     chunk_table::ChunkEntry,
     error::{Result, Thing},
     extended::{ExtFlags, ExtSuperBlock},
@@ -39,6 +40,8 @@ pub(crate) struct Core<'a> {
     /// File offset of nid 0.
     pub(crate) meta: u64,
     pub(crate) chunk_size: u32,
+    /// Whether chunk indexes may lie inside chunks.
+    pub(crate) fine: bool,
     pub(crate) blobs: usize,
     pub(crate) build_time: u64,
     pub(crate) build_time_nsec: u32,
@@ -74,6 +77,7 @@ impl<'a> Image<'a> {
                 bytes,
                 meta: u64::from(superblock.meta_blkaddr.get()) * BLOCK,
                 chunk_size: head.extended.chunk_size.get(),
+                fine: blobs.iter().any(|blob| blob.features.contains(BlobFeatures::FINE_INDEXES)),
                 blobs: blobs.len(),
                 build_time: superblock.build_time.get(),
                 build_time_nsec: superblock.build_time_nsec.get(),
@@ -110,7 +114,7 @@ impl<'a> Image<'a> {
         self.flags
     }
 
-    /// Chunk size of all files in bytes.
+    /// Most bytes of a chunk; what one chunk index of a file stands for, unless indexes are fine.
     pub fn chunk_size(&self) -> u32 {
         self.core.chunk_size
     }

@@ -110,7 +110,7 @@ fn place(tree: &Tree, id: InodeId, parent: InodeId, packed: &Packed, at: u64) ->
         }
         Body::Symlink(target) => flat(u64::try_from(target.len()).expect("at most 4095")),
         Body::Regular { size, data } => {
-            let count = u64::try_from(packed.chunks_of(*data).len()).expect("usize has at most 64 bits");
+            let count = u64::try_from(packed.chunks_of(*data).refs.len()).expect("usize has at most 64 bits");
             let indexes = chunk::indexes_offset(at + head).expect("offsets stay far below 2^64");
             let placed =
                 Placed { offset: at, head, layout: DataLayout::ChunkBased, size: *size, blocks_at: 0 };

@@ -44,12 +44,7 @@ const UNPLANNED: u32 = u32::MAX;
 
 impl Plan {
     /// `counts` are the numbers of chunks of the blobs in build order.
-    pub(crate) fn new(
-        tree: &Tree,
-        packed: &Packed,
-        counts: &[usize],
-        chunk_size: u32,
-    ) -> Result<Self, MkfsError> {
+    pub(crate) fn new(tree: &Tree, packed: &Packed, counts: &[usize]) -> Result<Self, MkfsError> {
         let mut plan = Self {
             inodes: Vec::new(),
             position: vec![UNPLANNED; tree.inode_count()],
@@ -58,7 +53,7 @@ impl Plan {
             counts: TreeCounts::default(),
         };
         plan.walk(tree)?;
-        plan.find_used(tree, packed, counts, chunk_size);
+        plan.find_used(tree, packed, counts);
         if plan.blobs.len() > BLOBS_MAX {
             return Err(MkfsError::Limit {
                 what: "layers with file data",
@@ -132,19 +127,20 @@ impl Plan {
         Ok(())
     }
 
-    fn find_used(&mut self, tree: &Tree, packed: &Packed, counts: &[usize], chunk_size: u32) {
+    fn find_used(&mut self, tree: &Tree, packed: &Packed, counts: &[usize]) {
         let mut used: Vec<Vec<Option<u64>>> = counts.iter().map(|_| Vec::new()).collect();
         for planned in &self.inodes {
             let Body::Regular { data, .. } = &tree.get(planned.id).body else { continue };
             let mut offset = 0;
-            for chunk in packed.chunks_of(*data) {
+            let chunks = packed.chunks_of(*data);
+            for chunk in &chunks.refs {
                 let number = crate::pack::usize_from(chunk.blob);
-                let chunks = &mut used[number];
-                if chunks.is_empty() {
-                    chunks.resize(counts[number], None);
+                let used = &mut used[number];
+                if used.is_empty() {
+                    used.resize(counts[number], None);
                 }
-                chunks[crate::pack::usize_from(chunk.index)].get_or_insert(offset);
-                offset += u64::from(chunk_size);
+                used[crate::pack::usize_from(chunk.index)].get_or_insert(offset);
+                offset += u64::from(chunks.unit);
             }
         }
         for (number, first_use) in used.into_iter().enumerate() {

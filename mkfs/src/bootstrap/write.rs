@@ -18,7 +18,7 @@ use zerocopy::{FromZeros, IntoBytes, little_endian as le};
 use super::Plan;
 use super::place::{Placed, Places, dir_names};
 use crate::blob::StoredChunk;
-use crate::pack::{ChunkRef, Packed, usize_from};
+use crate::pack::{ChunkRef, FileChunks, Packed, usize_from};
 use crate::tree::{Body, Inode, Tree, Xattr};
 use crate::{MkfsError, Options};
 
@@ -112,7 +112,7 @@ pub(crate) fn write(
             placed,
             u32_of(ino),
             planned.nlink,
-            i_u(inode, placed, plan, packed, blobs, options),
+            i_u(inode, placed, plan, packed, blobs),
         );
         match &inode.body {
             Body::Directory(_) => {
@@ -126,7 +126,7 @@ pub(crate) fn write(
             Body::Symlink(target) => write_flat(&mut image, &mut blocks, placed, target),
             Body::Regular { data, .. } => {
                 let mut at = indexes_offset(placed.offset + placed.head).expect("as in Places");
-                for &chunk in packed.chunks_of(*data) {
+                for &chunk in &packed.chunks_of(*data).refs {
                     let block = device_offset(chunk, plan, blobs) / BLOCK;
                     let index = ChunkIndex::new(plan.blob_of(chunk), chunk.index, u32_of(block).get());
                     let index = index.expect("Plan bounds blobs, BlobWriter bounds chunks");
@@ -248,23 +248,18 @@ fn chunk_table(plan: &Plan, blobs: &[&PublishedBlob], options: &Options) -> Vec<
 }
 
 fn device_offset(chunk: ChunkRef, plan: &Plan, blobs: &[&PublishedBlob]) -> u64 {
-    blobs[plan.blob_of(chunk)].chunks[usize_from(chunk.index)].device_offset
+    let offset = blobs[plan.blob_of(chunk)].chunks[usize_from(chunk.index)].device_offset;
+    offset + u64::from(chunk.skip) * BLOCK
 }
 
-fn i_u(
-    inode: &Inode,
-    placed: &Placed,
-    plan: &Plan,
-    packed: &Packed,
-    blobs: &[&PublishedBlob],
-    options: &Options,
-) -> le::U32 {
+fn i_u(inode: &Inode, placed: &Placed, plan: &Plan, packed: &Packed, blobs: &[&PublishedBlob]) -> le::U32 {
     match &inode.body {
         Body::Directory(_) | Body::Symlink(_) => u32_of(placed.blocks_at / BLOCK),
         Body::Regular { size, data } => {
-            let plain = ChunkHeader::for_chunk_size(options.chunk_size.into());
+            let chunks = packed.chunks_of(*data);
+            let plain = ChunkHeader::for_chunk_size(chunks.unit.into());
             let plain = plain.expect("Options::check allows powers of two from 4 KiB only");
-            let is_run = is_one_run(packed.chunks_of(*data), plan, blobs, options.chunk_size);
+            let is_run = is_one_run(chunks, plan, blobs);
             let whole =
                 size.checked_next_power_of_two().filter(|_| is_run).and_then(ChunkHeader::for_chunk_size);
             le::U32::new(whole.unwrap_or(plain).encode())
@@ -278,14 +273,14 @@ fn i_u(
 
 /// Whether a file's chunks, more than one, follow each other in one device, so that the kernel can map all of them by
 /// the first entry and read the file in large pieces.
-fn is_one_run(chunks: &[ChunkRef], plan: &Plan, blobs: &[&PublishedBlob], chunk_size: u32) -> bool {
+fn is_one_run(chunks: &FileChunks, plan: &Plan, blobs: &[&PublishedBlob]) -> bool {
     let follows = |pair: &[ChunkRef]| {
         let [first, second] = pair else { return false };
         first.blob == second.blob
-            && device_offset(*first, plan, blobs) + u64::from(chunk_size)
+            && device_offset(*first, plan, blobs) + u64::from(chunks.unit)
                 == device_offset(*second, plan, blobs)
     };
-    chunks.len() > 1 && chunks.windows(2).all(follows)
+    chunks.refs.len() > 1 && chunks.refs.windows(2).all(follows)
 }
 
 fn write_head(image: &mut Image, inode: &Inode, placed: &Placed, ino: le::U32, nlink: u32, i_u: le::U32) {
