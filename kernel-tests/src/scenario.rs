@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 use skimmer_vm_images::run;
 
 use crate::fixture::{self, LATE_FILE, LATE_SIZE};
@@ -25,6 +26,8 @@ pub struct Stage {
     hard: String,
     /// Images of one large file.
     late: String,
+    /// The hard image with blocks of its files in a start blob.
+    traced: String,
     /// The hard image as another implementation unpacks it.
     oracle: Vec<Entry>,
 }
@@ -44,10 +47,13 @@ impl Stage {
         let stage = Stage {
             hard: registry.reference("test/hard:v1"),
             late: registry.reference("test/late:v1"),
+            traced: registry.reference("test/hard:traced"),
             registry,
             oracle,
         };
-        publish(&format!("oci:{}:mixed", hard.display()), &stage.hard, &scratch.join("hard-skimmer"))?;
+        let converted = scratch.join("hard-skimmer");
+        publish(&format!("oci:{}:mixed", hard.display()), &stage.hard, &converted)?;
+        publish_traced(&converted, &stage.traced, scratch)?;
         publish(&format!("oci:{}:late", late.display()), &stage.late, &scratch.join("late-skimmer"))?;
         Ok(stage)
     }
@@ -61,6 +67,34 @@ pub fn publish(source: &str, reference: &str, converted: &Path) -> Result<()> {
     let skimmer: PathBuf = programs()?.swap_remove(0);
     run(Command::new(&skimmer).args(["convert", source]).arg(converted))?;
     run(Command::new(&skimmer).arg("push").arg(converted).arg(reference))?;
+    Ok(())
+}
+
+/// Moves a block here and there of a converted image into a start blob, and pushes that image.
+fn publish_traced(converted: &Path, reference: &str, scratch: &Path) -> Result<()> {
+    let skimmer: PathBuf = programs()?.swap_remove(0);
+    let told = run(Command::new(&skimmer).args(["inspect", "--json"]).arg(converted))?;
+    let told: Value = serde_json::from_slice(&told)?;
+    let blobs = told["blobs"].as_array().context("inspect lists no blobs")?;
+    let mut reads = Vec::new();
+    for (number, blob) in blobs.iter().enumerate() {
+        let blocks = blob["device_bytes"].as_u64().context("a blob without a size")? / 4096;
+        // Every seventh block and its neighbour, and one larger run.
+        let single = (0..blocks).step_by(7).map(|block| (block, 2));
+        for (block, count) in single.chain([(blocks / 2, 50)]) {
+            reads.push(json!({
+                "at_us": reads.len(), "blob": number, "offset": block * 4096, "length": count * 4096, "took_us": 1,
+            }));
+        }
+    }
+    let ids: Vec<&Value> = blobs.iter().map(|blob| &blob["id"]).collect();
+    let trace = json!({
+        "version": 1, "image": reference, "bootstrap": "", "mode": "fanotify", "record": "exact", "cut": false,
+        "blobs": ids, "reads": reads, "fetches": [],
+    });
+    let path = scratch.join("trace.json");
+    std::fs::write(&path, serde_json::to_vec(&trace)?)?;
+    run(Command::new(&skimmer).arg("optimize").arg("--trace").arg(&path).arg(converted).arg(reference))?;
     Ok(())
 }
 
@@ -123,6 +157,17 @@ pub fn play(stage: &mut Stage, node: &mut Node<'_>, directory: &str, mode: &str)
     expect(&output.stdout, 0, LATE_SIZE / BLOCK, "the whole file")?;
     node.drop_caches()?;
     equal(&stage.oracle, &node.list(&hard)?, "the first image, after the daemon's return")?;
+
+    step("an image with a start blob equals the unpacked one, and its start blob comes unasked");
+    let traced = format!("{directory}/traced");
+    node.mount_with(&stage.traced, &traced, mode, &["--record=events"])?;
+    equal(&stage.oracle, &node.list(&traced)?, "read of the image with a start blob")?;
+    let recording: Value = serde_json::from_slice(&node.recording(&traced)?)?;
+    let fetches = recording["fetches"].as_array().context("a recording without fetches")?;
+    let start = recording["blobs"].as_array().and_then(|blobs| blobs.len().checked_sub(1));
+    let ahead = |fetch: &&Value| fetch["blob"].as_u64() == start.and_then(|start| start.try_into().ok());
+    ensure!(fetches.iter().filter(ahead).any(|fetch| fetch["demand"] == false), "{recording}");
+    node.umount(&traced)?;
 
     step("both mounts go away");
     node.umount(&late)?;
