@@ -203,7 +203,7 @@ fn wait_until_complete(node: &Node<'_>, mode: &str) -> Result<()> {
         let status = node.status()?;
         let blobs = status["blobs"].as_array().context("status lists no blobs")?;
         ensure!(!blobs.is_empty(), "the daemon knows of no blob: {status}");
-        let complete = |blob: &serde_json::Value| {
+        let complete = |blob: &Value| {
             blob["ready_bytes"].is_u64()
                 && blob["ready_bytes"] == blob["referenced_bytes"]
                 && (mode != "fanotify" || blob["watched"] == false)

@@ -25,7 +25,7 @@ pub fn fetch(url: &str, ranges: &Path, into: &Path) -> Result<Latency> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Nothing here speaks TLS, but the client wants to know with what it would.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder().build()?;
+    let client = reqwest::Client::builder().tls_certs_only([]).build()?;
     let (mut latencies, mut place) = (Vec::new(), 0);
     let mut room = Vec::new();
     for line in text.lines() {
