@@ -83,7 +83,7 @@ fn each_rule_is_enforced() {
         (0x1054, &[0x41], "blob table entry 0", "features"),
         (0x1054, &[0x81], "blob table entry 0", "features"),
         (0x1054, &[9], "blob table entry 0", "features"),
-        (0x1055, &[0x10], "blob table entry 0", "features"),
+        (0x1055, &[0x20], "blob table entry 0", "features"),
         (0x1055, &[0x08], "blob table entry 0", "features"),
         (0x1057, &[0xc0], "blob table entry 0", "features"),
         (0x1059, &[0x22], "blob table entry 0", "ci_offset"),
@@ -260,6 +260,41 @@ fn enlarged_files_must_be_contiguous() {
     let mut wrong = good;
     wrong[at + 16] -= 1;
     assert_eq!(first_error(&wrong).unwrap().field, "i_u");
+}
+
+/// With fine indexes a file may have small chunks of its own, and parts of chunks; without them both are refused.
+#[test]
+fn fine_indexes_stay_inside_their_chunks() {
+    let good = synthetic::rich().build();
+    let mut bytes = good.clone();
+    let image = Image::parse(&good).unwrap();
+    let features = usize::try_from(image.extended().blob_table_offset.get()).unwrap() + 84;
+    let inode = image.lookup(b"usr/enlarged").unwrap().unwrap();
+    let at = usize::try_from(inode.offset).unwrap();
+    let chunk = inode.chunks().nth(1).unwrap().unwrap();
+    let blocks = image.chunk(chunk.blob, chunk.index).unwrap().uncompressed_size.get() / 4096;
+    assert!(blocks > 1);
+    // Two pieces of a block each: the first of two chunks.
+    bytes[at + 8..at + 16].copy_from_slice(&8192_u64.to_le_bytes());
+    bytes[at + 16..at + 20].copy_from_slice(&0x20_u32.to_le_bytes());
+    assert_eq!(first_error(&bytes).unwrap().field, "i_u");
+
+    bytes[features + 1] |= 0x10;
+    assert!(first_error(&bytes).is_none());
+    let fine = Image::parse(&bytes).unwrap();
+    let pieces: Vec<_> = fine.inode(inode.nid).unwrap().chunks().map(Result::unwrap).collect();
+    let second = pieces[1];
+    assert_eq!((pieces.len(), second.file_offset, second.size), (2, 4096, 4096));
+    assert_eq!((second.index, second.device_offset), (chunk.index, chunk.device_offset));
+
+    let start = u32::try_from(chunk.device_offset / 4096).unwrap();
+    for (block, good) in
+        [(start + 1, true), (start + blocks - 1, true), (start + blocks, false), (start - 1, false)]
+    {
+        bytes[at + 76..at + 80].copy_from_slice(&block.to_le_bytes());
+        let error = first_error(&bytes);
+        assert_eq!(error.as_ref().map(|error| error.field), (!good).then_some("start_block"), "{block}");
+    }
 }
 
 /// Directories that share blocks could make a walk read them once per directory.
