@@ -65,6 +65,8 @@ enum Command {
     Optimize(commands::optimize::Options),
     /// Show the daemon, its mounts and its cache.
     Status(commands::status::Options),
+    /// Print or check the daemon's configuration.
+    Config(commands::config::Options),
     /// Tell which attach modes this machine can run, and why not the others.
     Doctor(commands::doctor::Options),
 }
@@ -125,6 +127,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Report(options) => commands::record::report(&options, global),
         Command::Optimize(options) => commands::optimize::run(options, global).await,
         Command::Status(options) => commands::status::run(options, global).await,
+        Command::Config(options) => commands::config::run(&options, global),
         Command::Doctor(options) => commands::doctor::run(&options, global).await,
     }
 }

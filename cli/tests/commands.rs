@@ -212,3 +212,67 @@ fn an_image_that_was_not_converted_is_refused_with_the_way_to_do_it() {
     let said = bad(dir.path(), &["check", "./plain"]);
     assert!(said.contains("not converted") && said.contains("skimmer convert"), "{said}");
 }
+
+#[test]
+fn a_configuration_is_printed_and_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("config.toml");
+    fs::write(&file, good(dir.path(), &["config", "default"])).unwrap();
+    assert!(good(dir.path(), &["config", "check", "config.toml"]).contains("can be used"));
+    fs::write(&file, "[mount]\nread_ahead = 1\n").unwrap();
+    let error = bad(dir.path(), &["config", "check", "config.toml"]);
+    assert!(error.contains("config.toml:2:1") && error.contains("read_ahead"), "{error}");
+    fs::write(&file, "[fill]\niops = 3\n[registry]\nca = \"/nonexistent/ca.pem\"\n").unwrap();
+    let output = skimmer(dir.path(), &["config", "check", "--json", "config.toml"]);
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        (&told["problems"][0]["key"], &told["notes"][0]["key"]),
+        (&"registry.ca".into(), &"fill.enable".into())
+    );
+    assert!(bad(dir.path(), &["config", "check", "absent.toml"]).contains("absent.toml"));
+}
+
+#[test]
+fn an_image_is_optimized_by_what_recordings_say() {
+    let dir = image();
+    let told: Value = serde_json::from_str(&good(dir.path(), &["inspect", "--json", "./img"])).unwrap();
+    let record = |name: &str, record: &str, blob: &Value, offsets: &[u64]| {
+        let reads: Vec<Value> = offsets
+            .iter()
+            .map(|offset| serde_json::json!({"at_us": 1, "blob": 0, "offset": offset, "length": 1, "took_us": 1}))
+            .collect();
+        let text = serde_json::json!({
+            "version": 1, "image": "img", "bootstrap": "", "mode": "fanotify", "record": record, "cut": false,
+            "blobs": [blob], "reads": reads, "fetches": [],
+        });
+        fs::write(dir.path().join(name), text.to_string()).unwrap();
+    };
+    let blob = &told["blobs"][0]["id"];
+    record("first", "exact", blob, &[4096]);
+    record("second", "exact", blob, &[500_000, 1_100_000]);
+    record("events", "events", blob, &[4096]);
+    record("other", "exact", &Value::from("00".repeat(32)), &[4096]);
+    let optimized = |extra: &[&str]| -> Value {
+        let args = [&["optimize", "--json", "./img", "./fast"], extra].concat();
+        let result = serde_json::from_str(&good(dir.path(), &args)).unwrap();
+        good(dir.path(), &["check", "./fast"]);
+        result
+    };
+    assert_eq!(optimized(&["--trace=first"])["device_bytes"], 4096);
+    assert_eq!(optimized(&["--trace=first", "--trace=second"])["device_bytes"], 3 * 4096);
+    let whole = &optimized(&["--trace=first", "--whole-chunks"])["device_bytes"];
+    assert_eq!(whole, 1 << 20);
+    // A recording of misses does not tell what else of a chunk was read.
+    assert_eq!(optimized(&["--trace=events"])["device_bytes"], *whole);
+
+    good(dir.path(), &["optimize", "--quiet", "./img", "./fast", "--trace=first"]);
+    let error = bad(dir.path(), &["optimize", "./fast", "./faster", "--trace=first"]);
+    assert!(error.contains("optimized already"), "{error}");
+    let error = bad(dir.path(), &["optimize", "./img", "./fast", "--trace=other"]);
+    assert!(error.contains("no read of the trace is of its blobs"), "{error}");
+    assert!(
+        bad(dir.path(), &["optimize", "./img", "./fast", "--trace=img/index.json"])
+            .contains("is no recording")
+    );
+}

@@ -12,7 +12,6 @@ use skimmer_keeper::client::{Command as KeeperCommand, Keeper, KeeperError, Noti
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::config::Config;
 use crate::control::{self, Api, Stop};
 use crate::driver::{Driver, DriverConfig};
 use crate::frontend::Frontends;
@@ -21,6 +20,7 @@ use crate::mounts::{KeeperState, Mounts, Parts};
 use crate::store::Store;
 use crate::store::journal::Journal;
 use crate::store::records::Secrets;
+use skimmer_config::Config;
 
 /// How long a keeper that was just started may take to answer.
 const KEEPER_START: Duration = Duration::from_secs(5);

@@ -4,7 +4,6 @@
 pub mod app;
 pub mod arena;
 pub mod blob;
-pub mod config;
 pub mod control;
 pub mod driver;
 pub mod fetch;

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use prometheus_client::registry::Registry;
 use skimmer_client::{AttachMode, Client, ClientError, MountRequest};
-use skimmer_daemon::config::Config;
+use skimmer_config::Config;
 use skimmer_daemon::control::{self, Api, SocketError, Stop};
 use skimmer_daemon::driver::{Driver, DriverConfig, DriverError, Handle};
 use skimmer_daemon::frontend::Frontends;

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use skimmer_client::{AttachMode, Client, ClientError, MountRequest, PrefetchRequest, Record, StartOptions};
-use skimmer_daemon::config::Config;
+use skimmer_config::Config;
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::testing::FaultServer;
 use world::{World, content, drop_caches, until_ready, wait_for};

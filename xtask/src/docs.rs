@@ -78,9 +78,9 @@ fn cli() -> Result<String> {
 }
 
 fn configuration() -> Result<String> {
-    let defaults = help(&run::target_dir().join("debug/skimmerd"), &["--print-default-config"])?;
+    let defaults = help(&run::target_dir().join("debug/skimmer"), &["config", "default"])?;
     Ok(format!(
-        "# Configuration\n\nWritten by `cargo xtask docs`: what `skimmerd --print-default-config` prints. Every option has this \
+        "# Configuration\n\nWritten by `cargo xtask docs`: what `skimmer config default` prints. Every option has this \
          default; an unknown one is an error.\n\n```toml\n{defaults}\n```\n"
     ))
 }

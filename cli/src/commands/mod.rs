@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod check;
+pub(crate) mod config;
 pub(crate) mod convert;
 pub(crate) mod copy;
 pub(crate) mod doctor;

@@ -1,19 +1,19 @@
 //! `skimmerd`: serves image mounts on demand.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 use skimmer_client::ClientError;
-use skimmer_daemon::config::{Config, DEFAULT_TEXT};
+use skimmer_config::Config;
 use tracing_subscriber::EnvFilter;
 
 /// Serves container image mounts on demand.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 struct Arguments {
-    /// Configuration file [default: /etc/skimmer/skimmerd.toml when it exists].
+    /// Configuration file [default: /etc/skimmer/config.toml when it exists].
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Control socket.
@@ -31,9 +31,6 @@ struct Arguments {
     /// Leave the caller's session first.
     #[arg(long)]
     detach: bool,
-    /// Print the default configuration and exit.
-    #[arg(long)]
-    print_default_config: bool,
     /// Have the running daemon unmount everything and end, and its keeper too.
     #[arg(long)]
     stop_all: bool,
@@ -65,10 +62,6 @@ impl Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if arguments.print_default_config {
-        let printed = std::io::stdout().lock().write_all(DEFAULT_TEXT.as_bytes());
-        return if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    }
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -30,12 +30,12 @@ use skimmer_fetcher::http::Pool;
 use tokio::sync::{Mutex, Semaphore};
 
 use crate::blob::{BlobId, BlobSpec};
-use crate::config::Config;
 use crate::driver::Handle;
 use crate::frontend::Mode;
 use crate::store::Store;
 use crate::store::journal::{Journal, Notice};
 use crate::store::records::{AttachmentRecord, ImageRecord, MountsRecord, Secrets};
+use skimmer_config::Config;
 
 pub use failure::{Failure, Kind};
 

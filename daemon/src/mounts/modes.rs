@@ -5,7 +5,7 @@ use std::path::Path;
 use skimmer_client::{AttachMode, ModeReport};
 
 use super::kernel;
-use crate::config::Config;
+use skimmer_config::Config;
 
 /// The cachefiles device.
 pub const CACHEFILES: &str = "/dev/cachefiles";

@@ -1,4 +1,4 @@
-//! `skimmerd.toml`: every option has a default, an unknown one is an error that names key, line and file.
+//! `/etc/skimmer/config.toml`: every option has a default, an unknown one is an error that names key, line and file.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,9 +9,9 @@ use skimmer_client::AttachMode;
 use skimmer_fetcher::http::Version;
 
 /// The file read when none is named and it exists.
-pub const DEFAULT_PATH: &str = "/etc/skimmer/skimmerd.toml";
+pub const DEFAULT_PATH: &str = "/etc/skimmer/config.toml";
 
-/// The default configuration with every option and what it means (`skimmerd --print-default-config`).
+/// The default configuration with every option and what it means (`skimmer config default`).
 pub const DEFAULT_TEXT: &str = include_str!("default.toml");
 
 /// Everything that can be set.
@@ -228,7 +228,7 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not TOML, has an unknown key or a value of the wrong kind.
-    #[error("{}:{line}:{column}: {reason}; `skimmerd --print-default-config` shows every option", path.display())]
+    #[error("{}:{line}:{column}: {reason}; `skimmer config default` shows every option", path.display())]
     Syntax {
         /// The file.
         path: PathBuf,
@@ -345,11 +345,68 @@ impl Config {
         if !hosts_dir.as_os_str().is_empty() && !hosts_dir.is_absolute() {
             return fail("registry.hosts_dir", "must be an absolute path, or empty for none");
         }
+        if self.mount.mode == AttachMode::Fscache && !self.fscache.enable {
+            return fail("mount.mode", "is \"fscache\", which `fscache.enable` rules out");
+        }
         let tag = &self.fscache.tag;
         if tag.is_empty() || tag.len() > 64 || !tag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             return fail("fscache.tag", "must be 1 to 64 letters, digits or `-`");
         }
         Ok(())
+    }
+}
+
+/// What is wrong with a configuration beside its text: the key and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Remark {
+    /// The option.
+    pub key: &'static str,
+    /// What is the matter.
+    pub problem: String,
+}
+
+impl Config {
+    /// Files and directories that are named and cannot be used.
+    pub fn missing(&self) -> Vec<Remark> {
+        let mut remarks = Vec::new();
+        let mut look = |key, path: &Path, read: fn(&Path) -> std::io::Result<()>| {
+            if let Err(error) = read(path) {
+                remarks.push(Remark { key, problem: format!("{}: {error}", path.display()) });
+            }
+        };
+        let file: fn(&Path) -> std::io::Result<()> = |path| std::fs::read(path).map(drop);
+        let directory: fn(&Path) -> std::io::Result<()> = |path| std::fs::read_dir(path).map(drop);
+        if let Some(ca) = &self.registry.ca {
+            look("registry.ca", ca, file);
+        }
+        if let Some(providers) = &self.registry.credential_providers {
+            look("registry.credential_providers.config", &providers.config, file);
+            look("registry.credential_providers.bin_dir", &providers.bin_dir, directory);
+        }
+        let hosts_dir = &self.registry.hosts_dir;
+        // The default is containerd's place: it need not be there.
+        if !hosts_dir.as_os_str().is_empty() && *hosts_dir != Registry::default().hosts_dir {
+            look("registry.hosts_dir", hosts_dir, directory);
+        }
+        remarks
+    }
+
+    /// Options that are set and change nothing, or little good.
+    pub fn idle(&self) -> Vec<Remark> {
+        let mut remarks = Vec::new();
+        let mut note = |key, problem: &str| remarks.push(Remark { key, problem: problem.to_owned() });
+        let unlimited = Fill { enable: self.fill.enable, ..Fill::default() };
+        if !self.fill.enable && self.fill != unlimited {
+            note("fill.enable", "is false, so the other options of `fill` change nothing");
+        }
+        let Mount { read_ahead_kib, cold_read_ahead_kib, .. } = self.mount;
+        if read_ahead_kib != 0 && cold_read_ahead_kib > read_ahead_kib {
+            note(
+                "mount.cold_read_ahead_kib",
+                "is above `mount.read_ahead_kib`: more is fetched than asked for",
+            );
+        }
+        remarks
     }
 }
 
@@ -430,7 +487,34 @@ mod tests {
 
     #[test]
     fn a_named_file_must_exist() {
-        let error = Config::load(Some(Path::new("/nonexistent/skimmerd.toml"))).unwrap_err();
-        assert!(error.to_string().contains("/nonexistent/skimmerd.toml"), "{error}");
+        let error = Config::load(Some(Path::new("/nonexistent/config.toml"))).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/config.toml"), "{error}");
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_told() {
+        let error =
+            parse("[mount]\nmode = \"fscache\"\n[fscache]\nenable = false\n").unwrap_err().to_string();
+        assert!(error.contains("`mount.mode`") && error.contains("`fscache.enable`"), "{error}");
+        let idle =
+            parse("[fill]\nbandwidth_mib_s = 5\n[mount]\ncold_read_ahead_kib = 4096\n").unwrap().idle();
+        let keys: Vec<&str> = idle.iter().map(|remark| remark.key).collect();
+        assert_eq!(keys, ["fill.enable", "mount.cold_read_ahead_kib"]);
+        assert!(Config::default().idle().is_empty());
+    }
+
+    #[test]
+    fn files_that_are_not_there_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let ca = dir.path().join("ca.pem");
+        let mut config = Config::default();
+        config.registry.ca = Some(ca.clone());
+        config.registry.hosts_dir = dir.path().join("certs.d");
+        let keys = |config: &Config| config.missing().iter().map(|remark| remark.key).collect::<Vec<_>>();
+        assert_eq!(keys(&config), ["registry.ca", "registry.hosts_dir"]);
+        assert!(config.missing()[0].problem.contains("ca.pem"));
+        std::fs::write(ca, "").unwrap();
+        std::fs::create_dir(&config.registry.hosts_dir).unwrap();
+        assert!(config.missing().is_empty() && Config::default().missing().is_empty());
     }
 }
