@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("skimmer-engine", &[]),
     ("skimmer-fetcher", &[]),
     ("skimmer-client", &[]),
+    ("skimmer-config", &["skimmer-client", "skimmer-fetcher"]),
     ("skimmer-keeper", &["skimmer-fanotify", "skimmer-cachefiles"]),
     ("skimmer-mkfs", &["erofs-format", "skimmer-fetcher"]),
     (
@@ -27,6 +28,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "skimmer-fetcher",
             "skimmer-keeper",
             "skimmer-client",
+            "skimmer-config",
         ],
     ),
     (
@@ -36,6 +38,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "skimmer-fetcher",
             "skimmer-mkfs",
             "skimmer-client",
+            "skimmer-config",
             "skimmer-cachefiles",
             "skimmer-fanotify",
         ],
