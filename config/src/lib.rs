@@ -1,4 +1,5 @@
 //! `/etc/skimmer/config.toml`: every option has a default, an unknown one is an error that names key, line and file.
+#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
