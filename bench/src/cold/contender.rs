@@ -92,7 +92,9 @@ impl Ours {
         let modes = status["modes"].as_array().context("status lists no modes")?;
         let report = modes.iter().find(|report| report["mode"] == self.mode.as_str());
         let report = report.with_context(|| format!("skimmerd knows of no mode {}", self.mode))?;
-        let why = report["reason"].as_str().unwrap_or("no reason given").to_owned();
+        let why = report["reason"].as_str().unwrap_or("no reason given");
+        // The place changes with each node and says nothing to a reader.
+        let why = why.replace(&format!("{}/cache: ", fresh.directory), "");
         Ok((report["usable"] != true).then_some(why))
     }
 }
