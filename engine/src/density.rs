@@ -3,6 +3,8 @@
 //! Reads of many files follow no order that a window could see, but they lie near each other. Of the aligned blocks of
 //! doubled size around a miss, the largest is completed of which more than half is ready or on its way. So a scan in
 //! any order doubles what it brings at each miss, and no more is brought than what was asked for in the same places.
+//! Misses that jump about fill many a block to more than half by chance; when none of the last ones was near, the
+//! block has to be fuller than chance makes it.
 
 use core::ops::Range;
 
@@ -11,10 +13,29 @@ use crate::chunk::Chunk;
 /// Blocks this many times the largest window are looked at, to learn that all of an object is being read.
 const FARTHER: u64 = 64;
 
+/// Where the last misses of an object were.
+#[derive(Debug, Default)]
+pub(crate) struct Misses {
+    places: [Option<u64>; 4],
+    next: usize,
+}
+
+impl Misses {
+    pub(crate) fn note(&mut self, at: u64) {
+        self.places[self.next] = Some(at);
+        self.next = (self.next + 1) % self.places.len();
+    }
+
+    fn any_within(&self, distance: u64, at: u64) -> bool {
+        self.places.iter().flatten().any(|place| place.abs_diff(at) <= distance)
+    }
+}
+
 /// Device bytes to complete around `at`; `taken` counts the chunks of a run that are ready or on their way.
 pub(crate) fn around(
     map: &[Chunk],
     taken: impl Fn(&Range<u32>) -> u32,
+    misses: &Misses,
     at: u64,
     least: u64,
     most: u64,
@@ -28,7 +49,10 @@ pub(crate) fn around(
         let start = at / size * size;
         let end = start.saturating_add(size);
         let block = first(start)..first(end);
-        if taken(&block) > (block.end - block.start) / 2 {
+        let all = block.end - block.start;
+        // Three standard deviations of a block that is half full by chance.
+        let luck = if misses.any_within(size.min(most / 4), at) { 0 } else { all.isqrt() * 3 / 2 };
+        if taken(&block) > (all / 2).saturating_add(luck) {
             let near = at.saturating_sub(most / 2)..at.saturating_add(most);
             best = Some(start.max(near.start)..end.min(near.end));
         }
@@ -55,22 +79,29 @@ mod tests {
         u32::try_from(run.iter().filter(|taken| **taken).count()).unwrap()
     }
 
-    /// Reads chunks in the order given, each one taken with what it brings; tells how many had to be asked for.
-    fn misses(map: &[Chunk], order: impl Iterator<Item = usize>) -> usize {
+    /// Reads chunks in the order given, each one taken with what it brings; tells how many had to be asked for, and
+    /// how many are there then.
+    fn read(map: &[Chunk], order: impl Iterator<Item = usize>) -> (usize, usize) {
         let mut taken = alloc::vec![false; map.len()];
-        let mut misses = 0;
+        let (mut misses, mut last) = (0, Misses::default());
         for position in order {
             if core::mem::replace(&mut taken[position], true) {
                 continue;
             }
             misses += 1;
             let seen = taken.clone();
-            let more = around(map, |run| count(&seen, run), map[position].start, 128 * KIB, 16 * MIB);
+            let at = map[position].start;
+            let more = around(map, |run| count(&seen, run), &last, at, 128 * KIB, 16 * MIB);
+            last.note(at);
             for (at, chunk) in map.iter().enumerate() {
                 taken[at] |= more.as_ref().is_some_and(|more| more.contains(&chunk.start));
             }
         }
-        misses
+        (misses, taken.iter().filter(|taken| **taken).count())
+    }
+
+    fn misses(map: &[Chunk], order: impl Iterator<Item = usize>) -> usize {
+        read(map, order).0
     }
 
     #[test]
@@ -88,13 +119,26 @@ mod tests {
     #[test]
     fn a_lonely_miss_brings_nothing() {
         let map = map(4096, 64 * KIB);
-        assert_eq!(
-            around(&map, |run| u32::from(run.contains(&77)), 77 * 64 * KIB, 128 * KIB, 16 * MIB),
-            None
-        );
+        let (mut misses, at) = (Misses::default(), 77 * 64 * KIB);
+        assert_eq!(around(&map, |run| u32::from(run.contains(&77)), &misses, at, 128 * KIB, 16 * MIB), None);
+        misses.note(at - MIB);
         let near = |run: &Range<u32>| run.end.min(80).saturating_sub(run.start.max(64));
-        let block = around(&map, near, 77 * 64 * KIB, 128 * KIB, 16 * MIB);
-        assert_eq!(block, Some(4 * MIB..5 * MIB));
+        assert_eq!(around(&map, near, &misses, at, 128 * KIB, 16 * MIB), Some(4 * MIB..5 * MIB));
+    }
+
+    #[test]
+    fn chance_brings_little() {
+        // Two fifths of the chunks, in an order that jumps about.
+        let map = map(512, MIB);
+        let mut random = 1_u64;
+        let mut next = || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            usize::try_from(random >> 55).unwrap()
+        };
+        let order: Vec<usize> = (0..250).map(|_| next()).collect();
+        let asked = order.iter().collect::<alloc::collections::BTreeSet<_>>().len();
+        let brought = read(&map, order.into_iter()).1;
+        assert!(brought <= asked + asked / 8, "{brought} chunks for {asked}");
     }
 
     #[test]
@@ -102,7 +146,7 @@ mod tests {
         let map = map(4, 4096);
         for at in [0, u64::MAX, 1 << 63] {
             for size in [0, 1, u64::MAX, 1 << 63] {
-                let _ = around(&map, |run| run.end - run.start, at, size, size);
+                let _ = around(&map, |run| run.end - run.start, &Misses::default(), at, size, size);
             }
         }
     }

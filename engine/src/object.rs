@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use crate::chunk::{Chunk, index, lookup};
+use crate::density::Misses;
 use crate::link::Link;
 use crate::plan::Plan;
 use crate::waiters::Waiters;
@@ -17,6 +18,7 @@ pub(crate) struct Object {
     pub(crate) plan: Plan,
     pub(crate) waiters: Waiters,
     pub(crate) windows: Windows,
+    pub(crate) misses: Misses,
     pub(crate) link: Link,
     pub(crate) sources: u32,
     /// Exactly the chunks asked for are fetched.
@@ -62,6 +64,7 @@ impl Object {
             plan: Plan::default(),
             waiters: Waiters::default(),
             windows: Windows::default(),
+            misses: Misses::default(),
             link: Link::default(),
             sources: 1,
             exact: false,

@@ -95,7 +95,7 @@ impl Engine {
     /// Wants the rest of the block around a miss, if most of it is there already: first what follows, then what
     /// lies before.
     fn complete_block(&mut self, id: ObjectId, at: u64) {
-        let Some(object) = self.objects.get(&id) else { return };
+        let Some(object) = self.objects.get_mut(&id) else { return };
         let most = self.config.max_window;
         if most == 0 || object.exact {
             return;
@@ -106,9 +106,9 @@ impl Engine {
             let demanded = demanded.map(|(start, part)| part.end.min(run.end) - start.max(run.start));
             (run.end - run.start - object.ready.missing(run.clone())).saturating_add(demanded.sum())
         };
-        let Some(block) = density::around(&object.chunks, taken, at, self.config.min_fetch, most) else {
-            return;
-        };
+        let block = density::around(&object.chunks, taken, &object.misses, at, self.config.min_fetch, most);
+        object.misses.note(at);
+        let Some(block) = block else { return };
         let (after, before) = (object.chunks_of(&(at..block.end)), object.chunks_of(&(block.start..at)));
         self.want(id, &after, Priority::Ahead);
         self.want(id, &before, Priority::Ahead);
