@@ -67,6 +67,8 @@ enum Command {
     Status(commands::status::Options),
     /// Print or check the daemon's configuration.
     Config(commands::config::Options),
+    /// Tell containerd about our snapshots.
+    Containerd(commands::containerd::Options),
     /// Tell which attach modes this machine can run, and why not the others.
     Doctor(commands::doctor::Options),
 }
@@ -128,6 +130,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Optimize(options) => commands::optimize::run(options, global).await,
         Command::Status(options) => commands::status::run(options, global).await,
         Command::Config(options) => commands::config::run(&options, global),
+        Command::Containerd(options) => commands::containerd::run(&options, global),
         Command::Doctor(options) => commands::doctor::run(&options, global).await,
     }
 }

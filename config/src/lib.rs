@@ -39,6 +39,8 @@ pub struct Config {
     pub registry: Registry,
     /// The fscache attach mode.
     pub fscache: Fscache,
+    /// containerd's snapshots.
+    pub containerd: Containerd,
 }
 
 impl Default for Config {
@@ -54,6 +56,7 @@ impl Default for Config {
             mount: Mount::default(),
             registry: Registry::default(),
             fscache: Fscache::default(),
+            containerd: Containerd::default(),
         }
     }
 }
@@ -217,6 +220,24 @@ impl Default for Fscache {
     }
 }
 
+/// `[containerd]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Containerd {
+    /// Whether snapshots are served to it.
+    pub enable: bool,
+    /// Where; `containerd.sock` beside the control socket when not set.
+    pub socket: Option<PathBuf>,
+    /// containerd's own socket, asked for the names of images that were pulled without telling them.
+    pub address: PathBuf,
+}
+
+impl Default for Containerd {
+    fn default() -> Self {
+        Self { enable: true, socket: None, address: "/run/containerd/containerd.sock".into() }
+    }
+}
+
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -253,6 +274,12 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// Where snapshots are served to containerd.
+    pub fn containerd_socket(&self) -> PathBuf {
+        let beside = || self.socket.with_file_name("containerd.sock");
+        self.containerd.socket.clone().unwrap_or_else(beside)
+    }
+
     /// Reads `path`; `None` reads [`DEFAULT_PATH`] when it exists, else gives the defaults.
     ///
     /// # Errors
@@ -307,6 +334,13 @@ impl Config {
         }
         if self.socket == self.keeper_socket {
             return fail("keeper_socket", "is the same as `socket`; they are two sockets");
+        }
+        let containerd = self.containerd_socket();
+        if !containerd.is_absolute() || !self.containerd.address.is_absolute() {
+            return fail("containerd.socket", "and `containerd.address` must be absolute paths");
+        }
+        if [&self.socket, &self.keeper_socket, &self.containerd.address].contains(&&containerd) {
+            return fail("containerd.socket", "is another one's socket; it needs its own");
         }
         if !(1..=1024).contains(&self.fetch.budget_mib) {
             return fail("fetch.budget_mib", "must be from 1 to 1024");

@@ -12,6 +12,7 @@ use skimmer_keeper::client::{Command as KeeperCommand, Keeper, KeeperError, Noti
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::containerd;
 use crate::control::{self, Api, Stop};
 use crate::driver::{Driver, DriverConfig};
 use crate::frontend::Frontends;
@@ -33,11 +34,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let store = Store::open(&config.root)?;
     // Before anything is taken over: what cannot be understood must not be overwritten.
     let record = store.load_mounts()?;
-    for socket in [&config.socket, &config.keeper_socket] {
+    for socket in [&config.socket, &config.keeper_socket, &config.containerd_socket()] {
         make_parent(socket)?;
     }
     // First of all: a daemon that cannot be reached must not take over anything.
     let listener = control::listen(&config.socket)?;
+    let for_containerd = containerd::listen(&config)?;
     let runtime_dir = config.socket.parent().unwrap_or(Path::new("/run")).to_owned();
     let secrets = Secrets::open(runtime_dir.join("credentials.json"));
 
@@ -90,11 +92,30 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let sweeping = tokio::spawn(Arc::clone(&mounts).sweep_forever());
     let signals = tokio::spawn(stop_on_signal(stop.clone()));
     let api = Api { mounts: Arc::clone(&mounts), registry: Arc::new(registry), stop: stop.clone() };
+    let containerd = match for_containerd {
+        None => None,
+        Some(listener) => {
+            let snapshotter = containerd::snapshotter(&config, &mounts).await?;
+            let mut stop = stop.subscribe();
+            let stopped = async move {
+                let _ = stop.wait_for(Option::is_some).await;
+            };
+            tracing::info!(socket = %config.containerd_socket().display(), "serving snapshots to containerd");
+            Some(tokio::spawn(skimmer_snapshotter::serve(listener, snapshotter, stopped)))
+        }
+    };
     tracing::info!(socket = %config.socket.display(), root = %config.root.display(), "ready");
     let mut serving = tokio::spawn(control::serve(listener, api));
     let watching = watch_thread(thread, stop.clone());
 
-    let served = wait_for_end(&mut serving, stopped).await;
+    let served = wait_for_end(&mut serving, stopped.clone()).await;
+    if let Some(mut containerd) = containerd {
+        // What it asked for is whole; connections that it keeps open end with us.
+        if let Err(error) = wait_for_end(&mut containerd, stopped).await {
+            tracing::error!("{error:#}");
+        }
+        let _ = std::fs::remove_file(config.containerd_socket());
+    }
     signals.abort();
     sweeping.abort();
     // The data path first: what it still writes goes into the journal.
@@ -121,8 +142,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 /// Waits until the control server has ended after `stopped` was set. Connections that are kept open without a
 /// request do not hold it up for long.
-async fn wait_for_end(
-    serving: &mut tokio::task::JoinHandle<std::io::Result<()>>,
+async fn wait_for_end<E: std::error::Error + Send + Sync + 'static>(
+    serving: &mut tokio::task::JoinHandle<Result<(), E>>,
     mut stopped: watch::Receiver<Option<Stop>>,
 ) -> anyhow::Result<()> {
     tokio::select! {

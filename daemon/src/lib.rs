@@ -4,6 +4,7 @@
 pub mod app;
 pub mod arena;
 pub mod blob;
+pub mod containerd;
 pub mod control;
 pub mod driver;
 pub mod fetch;

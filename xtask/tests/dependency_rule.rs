@@ -16,6 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("skimmer-fetcher", &[]),
     ("skimmer-client", &[]),
     ("skimmer-config", &["skimmer-client", "skimmer-fetcher"]),
+    ("skimmer-snapshotter", &[]),
     ("skimmer-keeper", &["skimmer-fanotify", "skimmer-cachefiles"]),
     ("skimmer-mkfs", &["erofs-format", "skimmer-fetcher"]),
     (
@@ -29,6 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "skimmer-keeper",
             "skimmer-client",
             "skimmer-config",
+            "skimmer-snapshotter",
         ],
     ),
     (
@@ -47,7 +49,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
 
 /// Outside package -> the only product packages that may use it directly.
 const ONLY_IN: &[(&str, &[&str])] = &[
-    ("tokio", &["skimmer-fetcher", "skimmer-client", "skimmer-daemon", "skimmer-cli"]),
+    ("tokio", &["skimmer-fetcher", "skimmer-client", "skimmer-daemon", "skimmer-cli", "skimmer-snapshotter"]),
+    ("tonic", &["skimmer-snapshotter"]),
     ("io-uring", &["skimmer-daemon"]),
     ("reqwest", &["skimmer-fetcher", "skimmer-client"]),
     ("axum", &["skimmer-daemon", "skimmer-fetcher"]),

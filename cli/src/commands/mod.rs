@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod config;
+pub(crate) mod containerd;
 pub(crate) mod convert;
 pub(crate) mod copy;
 pub(crate) mod doctor;

@@ -1,0 +1,77 @@
+//! What containerd's snapshots need of our mounts.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use async_trait::async_trait;
+use skimmer_client::{Credentials, MountRequest};
+use skimmer_config::Config;
+use skimmer_snapshotter::{Containerd, Error, ImageName, Images, Kind as ErrorKind, Login, Snapshotter};
+use tokio::net::UnixListener;
+
+use crate::control;
+use crate::mounts::{Failure, Kind, Mounts};
+
+/// Opens the snapshotter's socket; `None` when the configuration turns it off.
+///
+/// # Errors
+/// As [`control::listen`].
+pub fn listen(config: &Config) -> Result<Option<UnixListener>, control::SocketError> {
+    config.containerd.enable.then(|| control::listen(&config.containerd_socket())).transpose()
+}
+
+/// Opens the snapshots, whose images earlier daemons may have left mounted.
+///
+/// # Errors
+/// When their directory cannot be used or is damaged.
+pub async fn snapshotter(config: &Config, mounts: &Arc<Mounts>) -> anyhow::Result<Arc<Snapshotter>> {
+    // Mounts are known by the names that the kernel gives.
+    let root = config.root.canonicalize().with_context(|| config.root.display().to_string())?;
+    let containerd = Containerd::new(config.containerd.address.clone());
+    let images = Arc::new(Lazily(Arc::clone(mounts)));
+    let snapshotter = Snapshotter::open(&root.join("snapshots"), images, containerd).await;
+    Ok(Arc::new(snapshotter.context("the snapshots for containerd")?))
+}
+
+struct Lazily(Arc<Mounts>);
+
+fn refused(failure: Failure) -> Error {
+    let kind = match failure.kind {
+        Kind::BadRequest => ErrorKind::InvalidArgument,
+        // To containerd "not found" would mean a snapshot.
+        Kind::NotFound | Kind::Conflict | Kind::BadImage => ErrorKind::FailedPrecondition,
+        Kind::Unavailable | Kind::Source => ErrorKind::Unavailable,
+        Kind::Internal => ErrorKind::Internal,
+    };
+    let remedy = failure.remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
+    Error::new(kind, format!("skimmer: {}{remedy}", failure.message))
+}
+
+#[async_trait]
+impl Images for Lazily {
+    async fn mount(&self, image: &ImageName, login: Option<Login>, target: PathBuf) -> Result<(), Error> {
+        let mut request = MountRequest::new(format!("docker://{}", image.reference), target);
+        request.credentials = login.map(|Login { username, password }| Credentials { username, password });
+        let mount = self.0.mount(request).await.map_err(refused)?;
+        tracing::info!(image = %mount.image, target = %mount.target.display(), mode = %mount.mode, "mounted");
+        Ok(())
+    }
+
+    async fn umount(&self, target: PathBuf) -> Result<(), Error> {
+        match self.0.umount(&target, false).await {
+            Err(failure) if failure.kind != Kind::NotFound => Err(refused(failure)),
+            _ => Ok(()),
+        }
+    }
+
+    fn is_mounted(&self, target: &Path) -> bool {
+        self.0.list().iter().any(|mount| mount.target == target)
+    }
+
+    async fn cached_bytes(&self, digest: &str) -> u64 {
+        let Ok(status) = self.0.status().await else { return 0 };
+        let id = digest.strip_prefix("sha256:").unwrap_or(digest);
+        status.blobs.iter().find(|blob| blob.id == id).map_or(0, |blob| blob.ready_bytes)
+    }
+}
