@@ -15,8 +15,19 @@ pub struct GoTool {
 pub const VERSITYGW: GoTool =
     GoTool { package: "github.com/versity/versitygw/cmd/versitygw", version: "v1.8.0" };
 
+/// The current containerd, with its client and what stands between it and a container.
+pub const CONTAINERD: GoTool = containerd("github.com/containerd/containerd/v2/cmd/containerd");
+/// `ctr`.
+pub const CTR: GoTool = containerd("github.com/containerd/containerd/v2/cmd/ctr");
+/// The shim.
+pub const SHIM: GoTool = containerd("github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2");
+
 /// All of them.
-pub const ALL: [GoTool; 1] = [VERSITYGW];
+pub const ALL: [GoTool; 4] = [VERSITYGW, CONTAINERD, CTR, SHIM];
+
+const fn containerd(package: &'static str) -> GoTool {
+    GoTool { package, version: "v2.4.2" }
+}
 
 impl GoTool {
     /// The program's name.

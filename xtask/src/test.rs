@@ -14,6 +14,7 @@ const PACKAGES: &[&str] = &[
     "acl",
     "attr",
     "busybox-static",
+    "containerd",
     "cpio",
     "docker-registry",
     "e2fsprogs",
@@ -22,6 +23,7 @@ const PACKAGES: &[&str] = &[
     "nginx",
     "openssl",
     "qemu-system-x86",
+    "runc",
     "skopeo",
     "umoci",
 ];

@@ -1,0 +1,381 @@
+//! Real containerds, old and new, run plain and lazy images through our snapshots, by `ctr` and by CRI.
+
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use kernel_tests::containerd::{self, Containerd, Version};
+use kernel_tests::cri::Cri;
+use kernel_tests::debian_image::{self, PERL, TAG};
+use kernel_tests::fixture::{Compression, Layer, Layout, Meta, unpack};
+use kernel_tests::registry::Registry;
+use kernel_tests::scenario::{PACKAGES, publish};
+use kernel_tests::skimmer::programs;
+use kernel_tests::skips::{no_precontent_events, not_root, skip};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use skimmer_client::Client;
+use skimmer_vm_images::{apt, run};
+
+/// Containers of one image at once.
+const MANY: usize = 50;
+/// Files of which every container compares some.
+const SAMPLES: usize = 60;
+
+#[test]
+fn containers_run_on_debian_s_containerd() {
+    with(Version::Debian, "containers_run_on_debian_s_containerd");
+}
+
+#[test]
+fn containers_run_on_the_current_containerd() {
+    with(Version::Current, "containers_run_on_the_current_containerd");
+}
+
+fn with(version: Version, test: &str) {
+    if let Some(why) = not_root().or_else(no_precontent_events).or_else(|| version.missing()) {
+        return skip(test, &why);
+    }
+    apt::ensure(&PACKAGES).unwrap();
+    apt::ensure(&containerd::PACKAGES).unwrap();
+    apt::ensure(&["busybox-static", "skopeo"]).unwrap();
+    let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // A socket's path has at most 107 bytes.
+    let sockets = tempfile::tempdir().unwrap();
+    let stage = Stage::set(scratch.path()).unwrap();
+    let mut daemon = Daemon::new(scratch.path(), sockets.path()).unwrap();
+    if let Err(error) = story(version, &stage, &mut daemon, scratch.path(), sockets.path()) {
+        panic!("{error:#}\n{}", daemon.log());
+    }
+}
+
+/// Images in a registry, and what some files of them hold.
+struct Stage {
+    _registry: Registry,
+    plain: String,
+    lazy: String,
+    pause: String,
+    /// Path in the image to digest.
+    samples: Vec<(String, String)>,
+    stored: u64,
+}
+
+impl Stage {
+    fn set(scratch: &Path) -> Result<Self> {
+        let layout = debian_image::prepare(&PERL)?;
+        let registry = Registry::start(&scratch.join("registry"))?;
+        let (plain, lazy) = (registry.reference("perl:plain"), registry.reference("perl:lazy"));
+        let source = format!("oci:{}:{TAG}", layout.display());
+        push(&source, &plain)?;
+        let converted = scratch.join("converted");
+        publish(&source, &lazy, &converted)?;
+        let stored = fs::read_dir(converted.join("blobs/sha256"))?
+            .map(|entry| Ok(entry?.metadata()?.len()))
+            .sum::<Result<u64>>()?;
+        let pause = registry.reference("pause:1");
+        push(&format!("oci:{}:1", pause_image(scratch)?.display()), &pause)?;
+        let rootfs = unpack(&layout, TAG, &scratch.join("bundle"))?;
+        let samples = samples(&rootfs)?;
+        fs::remove_dir_all(scratch.join("bundle"))?;
+        Ok(Self { _registry: registry, plain, lazy, pause, samples, stored })
+    }
+
+    /// Whether a container sees the right bytes in every `step`th sample.
+    fn check(&self, first: usize, step: usize, exec: impl Fn(&[&str]) -> Result<String>) -> Result<()> {
+        let wanted: Vec<_> = self.samples.iter().skip(first).step_by(step).collect();
+        let mut command = vec!["sha256sum"];
+        command.extend(wanted.iter().map(|(path, _)| path.as_str()));
+        let said = exec(&command)?;
+        let seen: Vec<_> = said.lines().filter_map(|line| line.split_once("  ")).collect();
+        let wanted: Vec<_> = wanted.iter().map(|(path, digest)| (digest.as_str(), path.as_str())).collect();
+        ensure!(seen == wanted, "wrong bytes:\n{seen:#?}\ninstead of\n{wanted:#?}");
+        Ok(())
+    }
+}
+
+fn push(source: &str, reference: &str) -> Result<()> {
+    let to = format!("docker://{reference}");
+    run(Command::new("skopeo").args(["copy", "--quiet", "--dest-tls-verify=false", source, &to]))?;
+    Ok(())
+}
+
+/// The image of pods: a program that waits.
+fn pause_image(scratch: &Path) -> Result<PathBuf> {
+    let mut layer = Layer::default();
+    layer.directory(b"bin", &Meta::new(0o755))?;
+    layer.file(b"bin/busybox", &Meta::new(0o755), &fs::read("/bin/busybox")?)?;
+    let directory = scratch.join("pause");
+    Layout::create(&directory)?.image("1", &[(&layer.finish()?, Compression::Gzip)])?;
+    let command = ["--config.cmd", "/bin/busybox", "--config.cmd", "sleep", "--config.cmd", "1000000"];
+    let image = format!("{}:1", directory.display());
+    run(Command::new("umoci").args(["config", "--image", &image]).args(command))?;
+    Ok(directory)
+}
+
+/// Regular files all over the image, with their digests.
+fn samples(rootfs: &Path) -> Result<Vec<(String, String)>> {
+    let mut files = BTreeMap::new();
+    let mut left = vec![rootfs.to_owned()];
+    while let Some(directory) = left.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            let (kind, path) = (entry.file_type()?, entry.path());
+            if kind.is_dir() {
+                left.push(path);
+            } else if kind.is_file()
+                && let Some(name) = path.strip_prefix(rootfs)?.to_str()
+                && !name.contains(['\\', '\n'])
+            {
+                files.insert(format!("/{name}"), path);
+            }
+        }
+    }
+    ensure!(files.len() > SAMPLES, "too few files");
+    let step = files.len() / SAMPLES;
+    files
+        .into_iter()
+        .step_by(step)
+        .map(|(name, path)| Ok((name, hex::encode(Sha256::digest(fs::read(path)?)))))
+        .collect()
+}
+
+/// `skimmerd`, which can be stopped and started.
+struct Daemon {
+    child: Option<Child>,
+    config: PathBuf,
+    sockets: PathBuf,
+    root: PathBuf,
+    log: PathBuf,
+}
+
+impl Daemon {
+    fn new(scratch: &Path, sockets: &Path) -> Result<Self> {
+        let (config, root, log) =
+            (scratch.join("skimmerd.toml"), scratch.join("root"), scratch.join("skimmerd.log"));
+        let text = format!(
+            "root = {root:?}\nsocket = {:?}\nkeeper_socket = {:?}\n[containerd]\nsocket = {:?}\naddress = {:?}\n",
+            sockets.join("skimmerd.sock"),
+            sockets.join("keeper.sock"),
+            sockets.join("snapshots.sock"),
+            sockets.join("containerd.sock"),
+        );
+        fs::write(&config, text)?;
+        let mut daemon = Self { child: None, config, sockets: sockets.to_owned(), root, log };
+        daemon.start()?;
+        Ok(daemon)
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let program = programs()?.swap_remove(1);
+        let log = fs::File::options().create(true).append(true).open(&self.log)?;
+        let mut command = Command::new(program);
+        command.arg("--config").arg(&self.config).stdin(Stdio::null()).stderr(log);
+        self.child = Some(command.spawn()?);
+        wait(Duration::from_secs(30), "skimmerd answers", || Ok(self.skimmer(&["status"]).is_ok()))
+    }
+
+    /// Asks it to end; mounts and keeper stay.
+    fn stop(&mut self) -> Result<()> {
+        let mut child = self.child.take().context("it does not run")?;
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        ensure!(child.wait()?.success(), "skimmerd ended badly");
+        Ok(())
+    }
+
+    fn skimmer(&self, arguments: &[&str]) -> Result<String> {
+        let program = programs()?.swap_remove(0);
+        let socket = self.sockets.join("skimmerd.sock");
+        let out = run(Command::new(program).args(arguments).arg("--socket").arg(socket))?;
+        Ok(String::from_utf8_lossy(&out).into_owned())
+    }
+
+    fn status(&self) -> Result<Value> {
+        Ok(serde_json::from_str(&self.skimmer(&["status", "--json"])?)?)
+    }
+
+    /// Stored bytes that were asked of the registry for blobs.
+    fn fetched(&self) -> Result<u64> {
+        let socket = self.sockets.join("skimmerd.sock");
+        let (agent, socket) = (env!("CARGO_BIN_EXE_skimmer-agent"), socket.display().to_string());
+        let text = String::from_utf8(run(Command::new(agent).args(["http", &socket, "/metrics"]))?)?;
+        let line = text.lines().find_map(|line| line.strip_prefix("skimmer_fetched_bytes_total "));
+        Ok(line.context("no metric of fetched bytes")?.parse()?)
+    }
+
+    /// Ends it and its keeper; nothing may be mounted any more.
+    fn shut_down(&mut self) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let socket = self.sockets.join("skimmerd.sock");
+        let report = runtime.block_on(async { Client::connect(socket).await?.shutdown(true).await })?;
+        ensure!(report.unmounted.is_empty() && report.keeper_stopped, "{report:?}");
+        let status = self.child.take().context("it does not run")?.wait()?;
+        ensure!(status.success(), "skimmerd ended with {status}");
+        Ok(())
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // After a failed test: nothing of it may stay mounted.
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let below =
+            |place: &&str| [&self.root, &self.sockets].iter().any(|dir| Path::new(place).starts_with(dir));
+        for place in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)).filter(below) {
+            let _ = rustix::mount::unmount(place, rustix::mount::UnmountFlags::DETACH);
+        }
+        let _ = self.shut_down();
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn wait(limit: Duration, what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    while !done()? {
+        ensure!(Instant::now() < deadline, "it does not come to pass that {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn story(version: Version, stage: &Stage, daemon: &mut Daemon, scratch: &Path, sockets: &Path) -> Result<()> {
+    let skimmer = programs()?.swap_remove(0);
+    let told = (skimmer.as_path(), daemon.config.as_path());
+    let containerd = Containerd::start(version, &scratch.join("containerd"), sockets, told, &stage.pause)?;
+    let result = run_all(version, stage, daemon, &containerd);
+    if result.is_err() {
+        containerd.end_all();
+    }
+    result.with_context(|| containerd.log())
+}
+
+fn run_all(version: Version, stage: &Stage, daemon: &mut Daemon, containerd: &Containerd) -> Result<()> {
+    let run: Vec<&str> = PERL.run.to_vec();
+    // By a kubelet's calls.
+    let cri = Cri::connect(containerd.socket())?;
+    let before = Instant::now();
+    cri.pull(&stage.lazy)?;
+    let pulled = before.elapsed();
+    let pod = cri.pod("one")?;
+    let container = cri.container(&pod, "lazy", &stage.lazy, &["sleep", "1000000"])?;
+    let said = String::from_utf8(cri.exec(&container, &run)?)?;
+    ensure!(said.contains(PERL.expect), "{said}");
+    let moved = daemon.fetched()?;
+    println!(
+        "{version:?}: pulled in {pulled:?}; {moved} of {} stored bytes moved at the first output ({} %)",
+        stage.stored,
+        moved * 100 / stage.stored
+    );
+    ensure!(moved * 4 < stage.stored, "{moved} bytes of {} are not a small share", stage.stored);
+    stage.check(0, 3, |command| Ok(String::from_utf8(cri.exec(&container, command)?)?))?;
+    cri.pull(&stage.plain)?;
+    let plain = cri.container(&pod, "plain", &stage.plain, &["sleep", "1000000"])?;
+    ensure!(String::from_utf8(cri.exec(&plain, &run)?)?.contains(PERL.expect), "the plain image is wrong");
+    stage.check(0, 1, |command| Ok(String::from_utf8(cri.exec(&plain, command)?)?))?;
+
+    // By `ctr`, with images that CRI pulled; the current one's own pull is lazy too.
+    let namespace = match version {
+        Version::Debian => "k8s.io",
+        Version::Current => {
+            for image in [&stage.lazy, &stage.plain] {
+                let pull = ["images", "pull", "--snapshotter", "skimmer", "--plain-http", image];
+                containerd.ctr(&pull)?;
+            }
+            "default"
+        }
+    };
+    let ctr = |arguments: &[&str]| {
+        let mut all = vec!["--namespace", namespace];
+        all.extend(arguments);
+        containerd.ctr(&all)
+    };
+    for (image, name) in [(&stage.lazy, "once-lazy"), (&stage.plain, "once-plain")] {
+        let mut command = vec!["run", "--rm", "--snapshotter", "skimmer", image, name];
+        command.extend(&run);
+        let said = ctr(&command)?;
+        ensure!(said.contains(PERL.expect), "{name}: {said}");
+    }
+
+    // Many of one image, and the daemon restarted under them.
+    let names: Vec<String> = (0..MANY).map(|number| format!("many-{number}")).collect();
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let parts = names.chunks(MANY.div_ceil(5));
+        let started: Vec<_> = parts
+            .map(|names| {
+                scope.spawn(move || {
+                    names.iter().try_for_each(|name| {
+                        let image = stage.lazy.as_str();
+                        let command =
+                            ["run", "-d", "--snapshotter", "skimmer", image, name, "sleep", "1000000"];
+                        ctr(&command).map(|_| ())
+                    })
+                })
+            })
+            .collect();
+        started.into_iter().try_for_each(|thread| thread.join().unwrap())
+    })?;
+    println!("{version:?}: {MANY} containers started in {:?}", start.elapsed());
+    let mounts = daemon.status()?["mounts"].as_array().map_or(0, Vec::len);
+    ensure!(mounts == 1, "{mounts} mounts of one image");
+    daemon.stop()?;
+    // What is cached needs no daemon.
+    let said = ctr(&["task", "exec", "--exec-id", "asleep", &names[0], run[0], "-e", "print 40 + 2"]);
+    ensure!(said?.contains("42"), "nothing runs without the daemon");
+    daemon.start()?;
+    for (number, name) in names.iter().enumerate().step_by(7) {
+        let exec = |command: &[&str]| {
+            let mut all = vec!["task", "exec", "--exec-id", "check", name];
+            all.extend(command);
+            ctr(&all)
+        };
+        stage.check(1 + number % 5, 6, exec).with_context(|| name.clone())?;
+        // What one writes no other sees.
+        exec(&["sh", "-c", "test ! -e /mine && echo x > /mine && test -s /mine"])?;
+    }
+    ensure!(ctr(&["run", "--rm", "--snapshotter", "skimmer", &stage.lazy, "after", "true"]).is_ok());
+
+    // Everything away, and nothing stays.
+    std::thread::scope(|scope| {
+        for names in names.chunks(MANY.div_ceil(5)) {
+            scope.spawn(move || {
+                for name in names {
+                    let _ = ctr(&["task", "rm", "--force", name]);
+                    let _ = ctr(&["container", "rm", name]);
+                }
+            });
+        }
+    });
+    ensure!(ctr(&["container", "ls", "-q"])?.lines().all(|id| !id.starts_with("many-")), "containers stay");
+    cri.remove_pod(pod)?;
+    for image in [&stage.lazy, &stage.plain, &stage.pause] {
+        cri.remove_image(image)?;
+    }
+    for namespace in ["default", "k8s.io"] {
+        for image in containerd.ctr(&["--namespace", namespace, "images", "ls", "-q"])?.lines() {
+            containerd.ctr(&["--namespace", namespace, "images", "rm", "--sync", image])?;
+        }
+    }
+    let left = || -> Result<Vec<String>> {
+        let names = fs::read_dir(daemon.root.join("snapshots"))?.map(|entry| Ok(entry?.file_name()));
+        names.map(|name: Result<_>| Ok(name?.to_string_lossy().into_owned())).collect()
+    };
+    wait(Duration::from_secs(30), "no snapshot is left", || Ok(left()?.is_empty()))
+        .with_context(|| format!("{:?}", left()))?;
+    let status = daemon.status()?;
+    ensure!(status["mounts"] == serde_json::json!([]), "{status}");
+    ensure!(status["blobs"] == serde_json::json!([]), "{status}");
+    daemon.shut_down()
+}
