@@ -9,7 +9,7 @@ mod output;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Mount container images at once and fetch only what is read.
 ///
@@ -55,6 +55,10 @@ enum Command {
     Mount(commands::mount::Options),
     /// Take a mount away.
     Umount(commands::umount::Options),
+    /// Make an image ready to be mounted by other programs, and say how.
+    Prepare(commands::prepare::Prepare),
+    /// Give up a prepared image that is not mounted.
+    Release(commands::prepare::Release),
     /// Fetch files of a mounted image, or all of it, before they are read.
     Prefetch(commands::prefetch::Options),
     /// Print what was read and fetched through a mount that was made with --record.
@@ -69,6 +73,9 @@ enum Command {
     Config(commands::config::Options),
     /// Tell containerd about our snapshots.
     Containerd(commands::containerd::Options),
+    /// Write manual pages and shell completions.
+    #[command(hide = true)]
+    Generate(commands::generate::Options),
     /// Tell which attach modes this machine can run, and why not the others.
     Doctor(commands::doctor::Options),
 }
@@ -124,6 +131,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Check(options) => commands::check::run(options, global).await,
         Command::Mount(options) => commands::mount::run(options, global).await,
         Command::Umount(options) => commands::umount::run(options, global).await,
+        Command::Prepare(options) => commands::prepare::prepare(options, global).await,
+        Command::Release(options) => commands::prepare::release(options, global).await,
         Command::Prefetch(options) => commands::prefetch::run(options, global).await,
         Command::Recording(options) => commands::record::show(options).await,
         Command::Report(options) => commands::record::report(&options, global),
@@ -131,6 +140,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Status(options) => commands::status::run(options, global).await,
         Command::Config(options) => commands::config::run(&options, global),
         Command::Containerd(options) => commands::containerd::run(&options, global),
+        Command::Generate(options) => commands::generate::run(&options, Arguments::command()),
         Command::Doctor(options) => commands::doctor::run(&options, global).await,
     }
 }

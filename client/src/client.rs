@@ -8,8 +8,8 @@ use reqwest::{Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 
 use crate::types::{
-    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery,
-    ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, PrepareRequest, Prepared, PreparedQuery,
+    Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
 };
 
 /// The host part of the request URLs; a unix socket has none, HTTP wants one.
@@ -142,6 +142,31 @@ impl Client {
     pub async fn umount(&self, target: impl AsRef<Path>, detach: bool) -> Result<Mount, ClientError> {
         let query = UmountQuery { target: target.as_ref().into(), detach };
         self.json(Method::DELETE, "/v1/mounts", |builder| builder.query(&query)).await
+    }
+
+    /// `POST /v1/prepared`: returns when the image can be mounted by others.
+    ///
+    /// # Errors
+    /// [`ClientError::Api`] with the daemon's reason and remedy.
+    pub async fn prepare(&self, request: &PrepareRequest) -> Result<Prepared, ClientError> {
+        self.json(Method::POST, "/v1/prepared", |builder| builder.json(request)).await
+    }
+
+    /// `GET /v1/prepared`.
+    ///
+    /// # Errors
+    /// As for every call: [`ClientError`].
+    pub async fn prepared(&self) -> Result<Vec<Prepared>, ClientError> {
+        self.json(Method::GET, "/v1/prepared", |request| request).await
+    }
+
+    /// `DELETE /v1/prepared`: gives up a prepared image, named as it was or by its bootstrap.
+    ///
+    /// # Errors
+    /// [`ClientError::Api`] with status 409 while it is mounted, 404 when it is not prepared.
+    pub async fn release(&self, image: &str) -> Result<Prepared, ClientError> {
+        let query = PreparedQuery { image: image.into() };
+        self.json(Method::DELETE, "/v1/prepared", |builder| builder.query(&query)).await
     }
 
     /// `GET /v1/recordings`: what was read and fetched since the mount, when that is recorded.

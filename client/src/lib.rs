@@ -18,8 +18,8 @@ pub use client::{Client, ClientError};
 pub use start::StartOptions;
 pub use types::{
     ApiError, AttachMode, BlobReport, Credentials, KeeperReport, ModeReport, Mount, MountRequest,
-    PrefetchReport, PrefetchRequest, Record, RecordedFetch, RecordedRead, Recording, RecordingQuery,
-    ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    PrefetchReport, PrefetchRequest, PrepareRequest, Prepared, PreparedQuery, Record, RecordedFetch,
+    RecordedRead, Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
 };
 
 /// Where `skimmerd` listens unless told otherwise.

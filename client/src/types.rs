@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// How the kernel asks for data that is not cached yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum AttachMode {
     /// The best mode that works on this node (a request only; a [`Mount`] never says `auto`).
@@ -52,6 +53,7 @@ impl FromStr for AttachMode {
 
 /// A registry login. Kept by the daemon in memory and in its runtime directory (mode 0600), never in the cache.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Credentials {
     /// User name.
@@ -68,12 +70,14 @@ impl fmt::Debug for Credentials {
 
 /// `POST /v1/mounts`: mount an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MountRequest {
     /// The image as skopeo names it: `docker://host/name:tag`, `oci:DIR[:TAG]`, `host/name:tag`, or a layout directory.
     /// Paths must be absolute: the daemon has another working directory.
     pub image: String,
     /// An existing directory, absolute.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub target: PathBuf,
     /// The wanted attach mode.
     #[serde(default)]
@@ -86,6 +90,7 @@ pub struct MountRequest {
     pub insecure: Vec<String>,
     /// PEM file with additional certificate authorities, absolute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub ca: Option<PathBuf>,
     /// Whether reads and fetches are written down, until the mount is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -109,6 +114,7 @@ impl MountRequest {
 
 /// How the use of a mount is written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Record {
     /// As it happens: for a picture of a cold start.
@@ -131,6 +137,7 @@ impl FromStr for Record {
 
 /// `GET /v1/recordings`: what was read and fetched of an image since it was mounted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Recording {
     /// Version of this form: 1.
@@ -156,6 +163,7 @@ pub struct Recording {
 
 /// One kernel request of a [`Recording`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RecordedRead {
     /// Microseconds since the recording began.
@@ -175,6 +183,7 @@ pub struct RecordedRead {
 
 /// One fetch of a [`Recording`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RecordedFetch {
     /// Microseconds since the recording began.
@@ -200,20 +209,26 @@ pub struct RecordedFetch {
 
 /// `GET /v1/recordings`: which mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::IntoParams))]
+#[cfg_attr(feature = "schema", into_params(parameter_in = Query))]
 #[serde(deny_unknown_fields)]
 pub struct RecordingQuery {
     /// Where it is mounted.
+    #[cfg_attr(feature = "schema", param(value_type = String))]
     pub target: PathBuf,
 }
 
 /// `POST /v1/prefetch`: fetch of a mounted image before it is read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PrefetchRequest {
     /// Where it is mounted.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub target: PathBuf,
     /// Paths from the image's root; directories with all that is in them. Empty: the whole image.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub paths: Vec<PathBuf>,
     /// Only when nobody reads, at the pace of the configuration.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -225,6 +240,7 @@ pub struct PrefetchRequest {
 
 /// The answer to [`PrefetchRequest`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct PrefetchReport {
     /// Files named or found.
     pub files: u64,
@@ -236,8 +252,10 @@ pub struct PrefetchReport {
 
 /// One live mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Mount {
     /// Where it is mounted.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub target: PathBuf,
     /// The image as it was named in the request.
     pub image: String,
@@ -258,8 +276,70 @@ pub struct Mount {
     pub fault: Option<String>,
 }
 
+/// `POST /v1/prepared`: make an image ready to be mounted by others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct PrepareRequest {
+    /// The image, as in [`MountRequest`].
+    pub image: String,
+    /// The wanted attach mode.
+    #[serde(default)]
+    pub mode: AttachMode,
+    /// Login for the image's registry; without it the daemon's own docker configuration is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<Credentials>,
+    /// Registry hosts (`host[:port]`) that may be reached without TLS.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub insecure: Vec<String>,
+    /// PEM file with additional certificate authorities, absolute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
+    pub ca: Option<PathBuf>,
+}
+
+/// An image that others can mount, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Prepared {
+    /// The image as it was named in the request.
+    pub image: String,
+    /// Digest of the manifest that the name meant at the time (`sha256:…`).
+    pub manifest: String,
+    /// The mode in use; never `auto`.
+    pub mode: AttachMode,
+    /// Why this mode.
+    pub reason: String,
+    /// SHA-256 of the bootstrap, which is also the fsid.
+    pub bootstrap: String,
+    /// Blob ids in device order.
+    pub blobs: Vec<String>,
+    /// Type of the mount: `erofs`.
+    pub fstype: String,
+    /// Its source: `none` over fscache, else a file. mount(8) would make a loop device of a file, through which holes
+    /// read as zeros: use mount(2) or fsopen(2).
+    pub source: String,
+    /// Its options, in this order; all but `ro` are the file system's own.
+    pub options: Vec<String>,
+    /// Whether it has been seen mounted: it is released when its last mount goes.
+    pub mounted: bool,
+    /// Seconds since the epoch when it was prepared.
+    pub prepared_at: u64,
+}
+
+/// `DELETE /v1/prepared`: which image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::IntoParams))]
+#[cfg_attr(feature = "schema", into_params(parameter_in = Query))]
+#[serde(deny_unknown_fields)]
+pub struct PreparedQuery {
+    /// As it was named, or its bootstrap.
+    pub image: String,
+}
+
 /// Whether an attach mode can be used on this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct ModeReport {
     /// The mode.
     pub mode: AttachMode,
@@ -271,6 +351,7 @@ pub struct ModeReport {
 
 /// State of one blob.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct BlobReport {
     /// Blob id: SHA-256 of the blob as stored at the registry.
     pub id: String,
@@ -295,8 +376,10 @@ pub struct BlobReport {
 
 /// State of the process that holds the kernel's descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct KeeperReport {
     /// Its socket.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub socket: PathBuf,
     /// Whether the daemon is connected to it.
     pub connected: bool,
@@ -306,6 +389,7 @@ pub struct KeeperReport {
 
 /// `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct StatusReport {
     /// Version of the daemon.
     pub version: String,
@@ -314,6 +398,7 @@ pub struct StatusReport {
     /// Seconds since it started.
     pub uptime_s: u64,
     /// Its root directory (cache and state).
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub root: PathBuf,
     /// The attach modes of this node.
     pub modes: Vec<ModeReport>,
@@ -325,15 +410,21 @@ pub struct StatusReport {
     pub buffer_used_bytes: u64,
     /// Live mounts, by target.
     pub mounts: Vec<Mount>,
+    /// Images that others mount, by name.
+    #[serde(default)]
+    pub prepared: Vec<Prepared>,
     /// Blobs of live mounts, by id.
     pub blobs: Vec<BlobReport>,
 }
 
 /// Query of `DELETE /v1/mounts`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::IntoParams))]
+#[cfg_attr(feature = "schema", into_params(parameter_in = Query))]
 #[serde(deny_unknown_fields)]
 pub struct UmountQuery {
     /// The mount's target.
+    #[cfg_attr(feature = "schema", param(value_type = String))]
     pub target: PathBuf,
     /// Detach although files are open (MNT_DETACH).
     #[serde(default)]
@@ -342,6 +433,7 @@ pub struct UmountQuery {
 
 /// `POST /v1/shutdown`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ShutdownRequest {
     /// Unmount everything first and stop the keeper too. Without it mounts and keeper stay, and reads of data that is
@@ -352,10 +444,13 @@ pub struct ShutdownRequest {
 
 /// Answer to `POST /v1/shutdown`; the daemon exits after sending it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct ShutdownReport {
     /// Mounts taken down.
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub unmounted: Vec<PathBuf>,
     /// Mounts that stay.
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub remaining: Vec<PathBuf>,
     /// Whether the keeper, which then holds nothing, is told to exit too.
     pub keeper_stopped: bool,
@@ -363,6 +458,7 @@ pub struct ShutdownReport {
 
 /// Every reply that is not a success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[error("{error}")]
 pub struct ApiError {
     /// What went wrong, and where.

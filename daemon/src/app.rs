@@ -18,6 +18,7 @@ use crate::driver::{Driver, DriverConfig};
 use crate::frontend::Frontends;
 use crate::metrics::Metrics;
 use crate::mounts::{KeeperState, Mounts, Parts};
+use crate::service;
 use crate::store::Store;
 use crate::store::journal::Journal;
 use crate::store::records::Secrets;
@@ -38,8 +39,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         make_parent(socket)?;
     }
     // First of all: a daemon that cannot be reached must not take over anything.
-    let listener = control::listen(&config.socket)?;
-    let for_containerd = containerd::listen(&config)?;
+    let mut sockets = service::Sockets::given();
+    let control = sockets.listen(&config.socket)?;
+    let for_containerd = containerd::listen(&config, &mut sockets)?;
+    let ours: Vec<PathBuf> = [Some(&control), for_containerd.as_ref()]
+        .into_iter()
+        .flatten()
+        .filter_map(service::Socket::ours)
+        .collect();
     let runtime_dir = config.socket.parent().unwrap_or(Path::new("/run")).to_owned();
     let secrets = Secrets::open(runtime_dir.join("credentials.json"));
 
@@ -94,19 +101,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let api = Api { mounts: Arc::clone(&mounts), registry: Arc::new(registry), stop: stop.clone() };
     let containerd = match for_containerd {
         None => None,
-        Some(listener) => {
+        Some(socket) => {
             let snapshotter = containerd::snapshotter(&config, &mounts).await?;
             let mut stop = stop.subscribe();
             let stopped = async move {
                 let _ = stop.wait_for(Option::is_some).await;
             };
             tracing::info!(socket = %config.containerd_socket().display(), "serving snapshots to containerd");
-            Some(tokio::spawn(skimmer_snapshotter::serve(listener, snapshotter, stopped)))
+            Some(tokio::spawn(skimmer_snapshotter::serve(socket.listener, snapshotter, stopped)))
         }
     };
     tracing::info!(socket = %config.socket.display(), root = %config.root.display(), "ready");
-    let mut serving = tokio::spawn(control::serve(listener, api));
+    let mut serving = tokio::spawn(control::serve(control.listener, api));
     let watching = watch_thread(thread, stop.clone());
+    let watched = tokio::spawn(service::stay_watched(driver.clone()));
+    service::ready();
 
     let served = wait_for_end(&mut serving, stopped.clone()).await;
     if let Some(mut containerd) = containerd {
@@ -114,9 +123,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         if let Err(error) = wait_for_end(&mut containerd, stopped).await {
             tracing::error!("{error:#}");
         }
-        let _ = std::fs::remove_file(config.containerd_socket());
     }
+    service::stopping();
     signals.abort();
+    watched.abort();
     sweeping.abort();
     // The data path first: what it still writes goes into the journal.
     let ended = driver.shutdown().await;
@@ -126,7 +136,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     hearing.abort();
     let clean = recorded && ended.is_ok() && thread_result.is_ok();
     mounts.finish(clean).await?;
-    let _ = std::fs::remove_file(&config.socket);
+    for socket in ours {
+        let _ = std::fs::remove_file(socket);
+    }
     if *stop.borrow() == Some(Stop::Everything) {
         let socket = config.keeper_socket.clone();
         let stopped = tokio::task::spawn_blocking(move || stop_keeper(&socket)).await?;

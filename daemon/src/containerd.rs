@@ -8,17 +8,17 @@ use async_trait::async_trait;
 use skimmer_client::{Credentials, MountRequest};
 use skimmer_config::Config;
 use skimmer_snapshotter::{Containerd, Error, ImageName, Images, Kind as ErrorKind, Login, Snapshotter};
-use tokio::net::UnixListener;
 
-use crate::control;
+use crate::control::SocketError;
 use crate::mounts::{Failure, Kind, Mounts};
+use crate::service::{Socket, Sockets};
 
 /// Opens the snapshotter's socket; `None` when the configuration turns it off.
 ///
 /// # Errors
-/// As [`control::listen`].
-pub fn listen(config: &Config) -> Result<Option<UnixListener>, control::SocketError> {
-    config.containerd.enable.then(|| control::listen(&config.containerd_socket())).transpose()
+/// As [`Sockets::listen`].
+pub fn listen(config: &Config, sockets: &mut Sockets) -> Result<Option<Socket>, SocketError> {
+    config.containerd.enable.then(|| sockets.listen(&config.containerd_socket())).transpose()
 }
 
 /// Opens the snapshots, whose images earlier daemons may have left mounted.

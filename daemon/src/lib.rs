@@ -13,4 +13,5 @@ pub mod metrics;
 pub mod mounts;
 mod requests;
 pub mod ring;
+pub mod service;
 pub mod store;

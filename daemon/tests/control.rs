@@ -217,6 +217,7 @@ fn this_boot() -> String {
 
 fn attachment(device: &str, bdi: &str) -> AttachmentRecord {
     AttachmentRecord {
+        prepared: None,
         bootstrap: "a".repeat(64),
         mode: AttachMode::Fanotify,
         device: device.into(),
@@ -320,4 +321,70 @@ fn a_record_of_mounts_that_cannot_be_read_stops_the_start_and_stays() {
         "{words}"
     );
     assert_eq!(std::fs::read(root.join("mounts.json")).unwrap(), b"not json");
+}
+
+#[tokio::test]
+async fn the_openapi_document_is_what_the_server_does() {
+    let daemon = Daemon::start(tempfile::tempdir().unwrap()).await;
+    let written = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/openapi.json");
+    let written = std::fs::read_to_string(written).unwrap();
+    assert_eq!(written.trim(), control::document().trim(), "run: cargo xtask docs");
+    let document: serde_json::Value = serde_json::from_str(&written).unwrap();
+    let http = reqwest::Client::builder().unix_socket(daemon.path("d.sock")).no_proxy().build().unwrap();
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.len() >= 7, "{:?}", paths.keys());
+    for (path, methods) in paths {
+        for method in methods.as_object().unwrap().keys() {
+            // Ending it comes last.
+            if path == "/v1/shutdown" {
+                continue;
+            }
+            let method: reqwest::Method = method.to_uppercase().parse().unwrap();
+            let reply = http.request(method.clone(), format!("http://skimmerd{path}")).send().await.unwrap();
+            let status = reply.status();
+            let text = reply.text().await.unwrap();
+            assert!(!text.contains("there is no such call"), "{method} {path}: {text}");
+            if status.is_success() && path != "/metrics" {
+                let schema = &methods[method.as_str().to_lowercase()]["responses"]["200"]["content"]["application/json"]
+                    ["schema"];
+                conforms(&document, schema, &serde_json::from_str(&text).unwrap(), path);
+            } else if !status.is_success() {
+                let schema = serde_json::json!({"$ref": "#/components/schemas/ApiError"});
+                conforms(&document, &schema, &serde_json::from_str(&text).unwrap(), path);
+            }
+        }
+    }
+    // Its connections would keep the daemon.
+    drop(http);
+    daemon.end().await;
+}
+
+/// Whether a value has the fields that its schema wants, and no others.
+fn conforms(document: &serde_json::Value, schema: &serde_json::Value, value: &serde_json::Value, at: &str) {
+    if let Some(name) = schema["$ref"].as_str() {
+        let name = name.strip_prefix("#").unwrap();
+        return conforms(document, document.pointer(name).unwrap(), value, at);
+    }
+    if let Some(items) = schema.get("items") {
+        for (number, item) in value.as_array().unwrap_or_else(|| panic!("{at}: {value}")).iter().enumerate() {
+            conforms(document, items, item, &format!("{at}[{number}]"));
+        }
+    } else if let Some(properties) = schema["properties"].as_object() {
+        let object = value.as_object().unwrap_or_else(|| panic!("{at}: {value}"));
+        for name in schema["required"].as_array().into_iter().flatten() {
+            assert!(object.contains_key(name.as_str().unwrap()), "{at}: {name} is missing in {value}");
+        }
+        for (name, value) in object {
+            let schema = properties.get(name).unwrap_or_else(|| panic!("{at}: {name} is not described"));
+            conforms(document, schema, value, &format!("{at}.{name}"));
+        }
+    } else if let Some(kind) = schema["type"].as_str() {
+        let fits = match kind {
+            "string" => value.is_string(),
+            "integer" => value.is_u64(),
+            "boolean" => value.is_boolean(),
+            _ => true,
+        };
+        assert!(fits, "{at}: {value} is no {kind}");
+    }
 }

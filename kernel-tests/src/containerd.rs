@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use skimmer_test_support::tools::{CONTAINERD, CTR, SHIM};
 use skimmer_vm_images::run;
 
@@ -20,6 +20,15 @@ pub enum Version {
     Debian,
     /// The current one, with a configuration of version 3.
     Current,
+}
+
+/// Whether pulls tell the snapshotter the image's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// As our configuration has it.
+    Told,
+    /// As containerd's own default is.
+    Untold,
 }
 
 /// A running containerd; ended when dropped.
@@ -67,6 +76,7 @@ impl Containerd {
         sockets: &Path,
         skimmer: (&Path, &Path),
         pause: &str,
+        names: Names,
     ) -> Result<Self> {
         let (program, ctr, shim) = version.program()?;
         fs::create_dir_all(directory)?;
@@ -101,6 +111,12 @@ impl Containerd {
             .arg(config)
             .arg("--patch")
             .arg(&file))?;
+        if names == Names::Untold {
+            let text = fs::read_to_string(&file)?;
+            let told = "disable_snapshot_annotations = false";
+            ensure!(text.contains(told), "no such option in\n{text}");
+            fs::write(&file, text.replace(told, "disable_snapshot_annotations = true"))?;
+        }
         let mut command = Command::new(program);
         if let Some(shim) = shim {
             let path = std::env::var_os("PATH").unwrap_or_default();

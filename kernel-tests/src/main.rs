@@ -27,6 +27,15 @@ enum Action {
         /// The root of the tree
         directory: PathBuf,
     },
+    /// Mount an EROFS image by mount(2)
+    MountErofs {
+        /// The image
+        source: PathBuf,
+        /// A directory
+        target: PathBuf,
+        /// Options of the file system, with commas between them
+        options: String,
+    },
     /// Print what an HTTP server behind a unix socket answers
     Http {
         /// The socket
@@ -48,6 +57,12 @@ fn main() -> Result<()> {
                 Ok(())
             })?;
             out.flush()?;
+            Ok(())
+        }
+        Action::MountErofs { source, target, options } => {
+            let options = std::ffi::CString::new(options.strip_prefix("ro,").unwrap_or(&options))?;
+            let flags = rustix::mount::MountFlags::RDONLY;
+            rustix::mount::mount(&source, &target, "erofs", flags, options.as_c_str())?;
             Ok(())
         }
         Action::Http { socket, path } => {

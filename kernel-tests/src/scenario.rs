@@ -26,6 +26,8 @@ pub struct Stage {
     hard: String,
     /// Images of one large file.
     late: String,
+    /// Another one.
+    raw: String,
     /// The hard image with blocks of its files in a start blob.
     traced: String,
     /// The hard image as another implementation unpacks it.
@@ -43,10 +45,13 @@ impl Stage {
         let oracle = fixture::oracle(&hard, &scratch.join("bundle"))?;
         let late = scratch.join("late");
         fixture::late_image(&late, 0)?;
+        let raw = scratch.join("raw");
+        fixture::late_image(&raw, 1)?;
         let registry = Registry::start(&scratch.join("registry"))?;
         let stage = Stage {
             hard: registry.reference("test/hard:v1"),
             late: registry.reference("test/late:v1"),
+            raw: registry.reference("test/raw:v1"),
             traced: registry.reference("test/hard:traced"),
             registry,
             oracle,
@@ -55,6 +60,7 @@ impl Stage {
         publish(&format!("oci:{}:mixed", hard.display()), &stage.hard, &converted)?;
         publish_traced(&converted, &stage.traced, scratch)?;
         publish(&format!("oci:{}:late", late.display()), &stage.late, &scratch.join("late-skimmer"))?;
+        publish(&format!("oci:{}:late", raw.display()), &stage.raw, &scratch.join("raw-skimmer"))?;
         Ok(stage)
     }
 }
@@ -130,13 +136,7 @@ pub fn play(stage: &mut Stage, node: &mut Node<'_>, directory: &str, mode: &str)
     node.mount(&stage.late, &late, mode)?;
     let file = format!("{late}/{LATE_FILE}");
     let content = fixture::content(fixture::late_seed(0), LATE_SIZE);
-    let expect = |bytes: &[u8], block: usize, blocks: usize, what: &str| {
-        let expected = &content[block * BLOCK..(block + blocks) * BLOCK];
-        ensure!(bytes.len() == expected.len(), "{what}: {} bytes of {}", bytes.len(), expected.len());
-        let wrong = bytes.iter().zip(expected).position(|(a, b)| a != b);
-        ensure!(wrong.is_none(), "{what}: byte {wrong:?} is wrong");
-        Ok(())
-    };
+    let expect = |bytes: &[u8], block, blocks, what: &str| is_part(&content, bytes, block, blocks, what);
     let output = node.read(&file, 3, 1)?.wait()?;
     expect(&output.stdout, 3, 1, "a read with the daemon alive")?;
     node.kill_daemon()?;
@@ -169,6 +169,8 @@ pub fn play(stage: &mut Stage, node: &mut Node<'_>, directory: &str, mode: &str)
     ensure!(fetches.iter().filter(ahead).any(|fetch| fetch["demand"] == false), "{recording}");
     node.umount(&traced)?;
 
+    by_others(stage, node, directory, mode)?;
+
     step("both mounts go away");
     node.umount(&late)?;
     node.umount(&hard)?;
@@ -178,6 +180,53 @@ pub fn play(stage: &mut Stage, node: &mut Node<'_>, directory: &str, mode: &str)
 
     step("daemon and keeper end");
     node.stop()?;
+    Ok(())
+}
+
+/// Another program mounts an image that is only prepared.
+fn by_others(stage: &Stage, node: &mut Node<'_>, directory: &str, mode: &str) -> Result<()> {
+    step("a prepared image is mounted by a plain system call, and read on demand");
+    let target = format!("{directory}/raw");
+    let prepared = node.prepare(&stage.raw, mode)?;
+    ensure!(prepared["mode"] == mode, "{prepared}");
+    ensure!(node.prepare(&stage.raw, mode)? == prepared, "prepared twice it is another");
+    node.mount_plainly(&prepared, &target)?;
+    let content = fixture::content(fixture::late_seed(1), LATE_SIZE);
+    let file = format!("{target}/{LATE_FILE}");
+    let read = |node: &Node<'_>, block: usize, blocks: usize, what: &str| {
+        let output = node.read(&file, block, blocks)?.wait()?;
+        is_part(&content, &output.stdout, block, blocks, what)
+    };
+    read(node, 5, 2, "a read through a plain mount")?;
+
+    step("the daemon that came back serves it too");
+    node.kill_daemon()?;
+    node.start_daemon()?;
+    read(node, LATE_SIZE / BLOCK - 9, 9, "a read through a plain mount after the daemon's return")?;
+    let listed = node.status()?["prepared"].clone();
+    ensure!(listed.as_array().is_some_and(|all| all.len() == 1), "{listed}");
+    ensure!(node.release(&stage.raw).is_err(), "a mounted image is released");
+
+    step("it is released with its last mount, and cannot be mounted any more");
+    node.umount_plainly(&target)?;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while node.status()?["prepared"] != json!([]) {
+        ensure!(Instant::now() < deadline, "nobody mounts it, and it is not released");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    ensure!(node.mount_plainly(&prepared, &target).is_err(), "an image that was released is mounted");
+    node.prepare(&stage.raw, mode)?;
+    node.release(&stage.raw)?;
+    ensure!(node.status()?["prepared"] == json!([]), "released, and still there");
+    Ok(())
+}
+
+/// Fails when `bytes` are not these blocks of `content`.
+fn is_part(content: &[u8], bytes: &[u8], block: usize, blocks: usize, what: &str) -> Result<()> {
+    let expected = &content[block * BLOCK..(block + blocks) * BLOCK];
+    ensure!(bytes.len() == expected.len(), "{what}: {} bytes of {}", bytes.len(), expected.len());
+    let wrong = bytes.iter().zip(expected).position(|(a, b)| a != b);
+    ensure!(wrong.is_none(), "{what}: byte {wrong:?} is wrong");
     Ok(())
 }
 

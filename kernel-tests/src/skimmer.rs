@@ -119,6 +119,55 @@ impl<'a> Node<'a> {
         Ok(())
     }
 
+    /// Prepares an image for others; returns what `skimmer prepare --json` says.
+    ///
+    /// # Errors
+    /// It fails: the message holds what skimmer said.
+    pub fn prepare(&self, image: &str, mode: &str) -> Result<Value> {
+        let mut arguments = vec!["prepare", image, "--mode", mode, "--json"];
+        arguments.extend(self.plain_http.then_some("--plain-http"));
+        Ok(serde_json::from_slice(&self.skimmer(&arguments)?)?)
+    }
+
+    /// Gives up a prepared image.
+    ///
+    /// # Errors
+    /// It fails: the message holds what skimmer said.
+    pub fn release(&self, image: &str) -> Result<()> {
+        self.skimmer(&["release", image]).map(|_| ())
+    }
+
+    /// Mounts a prepared image without our programs: by mount(8) where there is no file for it to make a loop device
+    /// of, else by the bare system call.
+    ///
+    /// # Errors
+    /// It fails: the message holds what was said.
+    pub fn mount_plainly(&mut self, prepared: &Value, target: &str) -> Result<()> {
+        self.machine.check(&["mkdir", "-p", target], SHORT)?;
+        let text = |name: &str| prepared[name].as_str().with_context(|| format!("no {name}"));
+        let options = prepared["options"].as_array().context("no options")?;
+        let options: Vec<&str> = options.iter().filter_map(Value::as_str).collect();
+        let (source, options) = (text("source")?, options.join(","));
+        if source == "none" {
+            let kind = text("fstype")?;
+            self.machine.check(&["mount", "-t", kind, "-o", &options, source, target], SHORT)?;
+        } else {
+            self.machine.check(&[&self.agent, "mount-erofs", source, target, &options], SHORT)?;
+        }
+        self.mounts.push(target.to_owned());
+        Ok(())
+    }
+
+    /// Unmounts what [`Self::mount_plainly`] mounted.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn umount_plainly(&mut self, target: &str) -> Result<()> {
+        self.machine.check(&["umount", target], SHORT)?;
+        self.mounts.retain(|mount| mount != target);
+        Ok(())
+    }
+
     /// What was read and fetched through a mount that was made with `--record`, as `skimmer recording` prints it.
     ///
     /// # Errors

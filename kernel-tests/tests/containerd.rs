@@ -9,8 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use kernel_tests::containerd::{self, Containerd, Version};
-use kernel_tests::cri::Cri;
+use kernel_tests::containerd::{self, Containerd, Names, Version};
+use kernel_tests::cri::{Cri, Pod};
 use kernel_tests::debian_image::{self, PERL, TAG};
 use kernel_tests::fixture::{Compression, Layer, Layout, Meta, unpack};
 use kernel_tests::registry::Registry;
@@ -29,15 +29,41 @@ const SAMPLES: usize = 60;
 
 #[test]
 fn containers_run_on_debian_s_containerd() {
-    with(Version::Debian, "containers_run_on_debian_s_containerd");
+    let test = "containers_run_on_debian_s_containerd";
+    with(Version::Debian, Names::Told, test, |stage, daemon, containerd| {
+        run_all(Version::Debian, stage, daemon, containerd)
+    });
 }
 
 #[test]
 fn containers_run_on_the_current_containerd() {
-    with(Version::Current, "containers_run_on_the_current_containerd");
+    let test = "containers_run_on_the_current_containerd";
+    with(Version::Current, Names::Told, test, |stage, daemon, containerd| {
+        run_all(Version::Current, stage, daemon, containerd)
+    });
 }
 
-fn with(version: Version, test: &str) {
+/// The name is asked of containerd when a container wants the image.
+#[test]
+fn an_image_whose_name_was_not_told_is_found() {
+    let test = "an_image_whose_name_was_not_told_is_found";
+    with(Version::Debian, Names::Untold, test, |stage, daemon, containerd| {
+        let cri = Cri::connect(containerd.socket())?;
+        cri.pull(&stage.lazy)?;
+        ensure!(daemon.status()?["mounts"] == serde_json::json!([]), "it is mounted before it is used");
+        let pod = cri.pod("one")?;
+        let container = cri.container(&pod, "lazy", &stage.lazy, &["sleep", "1000000"])?;
+        stage.check(0, 3, |command| Ok(String::from_utf8(cri.exec(&container, command)?)?))?;
+        all_away(stage, daemon, containerd, &cri, pod)
+    });
+}
+
+fn with(
+    version: Version,
+    names: Names,
+    test: &str,
+    story: impl Fn(&Stage, &mut Daemon, &Containerd) -> Result<()>,
+) {
     if let Some(why) = not_root().or_else(no_precontent_events).or_else(|| version.missing()) {
         return skip(test, &why);
     }
@@ -49,7 +75,19 @@ fn with(version: Version, test: &str) {
     let sockets = tempfile::tempdir().unwrap();
     let stage = Stage::set(scratch.path()).unwrap();
     let mut daemon = Daemon::new(scratch.path(), sockets.path()).unwrap();
-    if let Err(error) = story(version, &stage, &mut daemon, scratch.path(), sockets.path()) {
+    let play = |daemon: &mut Daemon| {
+        let skimmer = programs()?.swap_remove(0);
+        let config = daemon.config.clone();
+        let told = (skimmer.as_path(), config.as_path());
+        let directory = scratch.path().join("containerd");
+        let containerd = Containerd::start(version, &directory, sockets.path(), told, &stage.pause, names)?;
+        let result = story(&stage, daemon, &containerd);
+        if result.is_err() {
+            containerd.end_all();
+        }
+        result.with_context(|| containerd.log())
+    };
+    if let Err(error) = play(&mut daemon) {
         panic!("{error:#}\n{}", daemon.log());
     }
 }
@@ -250,17 +288,6 @@ fn wait(limit: Duration, what: &str, mut done: impl FnMut() -> Result<bool>) -> 
     Ok(())
 }
 
-fn story(version: Version, stage: &Stage, daemon: &mut Daemon, scratch: &Path, sockets: &Path) -> Result<()> {
-    let skimmer = programs()?.swap_remove(0);
-    let told = (skimmer.as_path(), daemon.config.as_path());
-    let containerd = Containerd::start(version, &scratch.join("containerd"), sockets, told, &stage.pause)?;
-    let result = run_all(version, stage, daemon, &containerd);
-    if result.is_err() {
-        containerd.end_all();
-    }
-    result.with_context(|| containerd.log())
-}
-
 fn run_all(version: Version, stage: &Stage, daemon: &mut Daemon, containerd: &Containerd) -> Result<()> {
     let run: Vec<&str> = PERL.run.to_vec();
     // By a kubelet's calls.
@@ -359,6 +386,11 @@ fn run_all(version: Version, stage: &Stage, daemon: &mut Daemon, containerd: &Co
         }
     });
     ensure!(ctr(&["container", "ls", "-q"])?.lines().all(|id| !id.starts_with("many-")), "containers stay");
+    all_away(stage, daemon, containerd, &cri, pod)
+}
+
+/// Removes the pod and every image, and ends the daemon: nothing may be left.
+fn all_away(stage: &Stage, daemon: &mut Daemon, containerd: &Containerd, cri: &Cri, pod: Pod) -> Result<()> {
     cri.remove_pod(pod)?;
     for image in [&stage.lazy, &stage.plain, &stage.pause] {
         cri.remove_image(image)?;

@@ -15,6 +15,8 @@ mod service;
 mod snapshot;
 mod snapshotter;
 mod table;
+#[cfg(test)]
+mod tests;
 mod turns;
 mod usage;
 

@@ -1,7 +1,7 @@
 //! What containerd has to mount to get a snapshot's files.
 
 use crate::error::Kind as ErrorKind;
-use crate::labels::{GIDS, UIDS};
+use crate::labels::{self, GIDS, Layer, UIDS};
 use crate::snapshot::{Content, Kind, Snapshot};
 use crate::table::Table;
 use crate::{Error, api};
@@ -30,8 +30,10 @@ pub(crate) fn of(table: &Table, key: &str) -> Result<Vec<api::Mount>, Error> {
             }
         }
     }
+    // The bootstrap's own layer is unpacked on top of them.
     if let [.., last] = below
         && lower.is_empty()
+        && !matches!(labels::layer(&top.labels), Layer::Bootstrap(_))
     {
         let message =
             format!("snapshot {key} stands on data of an image without its bootstrap ({})", last.key);

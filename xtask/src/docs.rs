@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use skimmer_bench::report;
@@ -21,6 +22,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut stale = Vec::new();
     let mut documents = vec![("cli.md", cli()?), ("configuration.md", configuration()?)];
     documents.push(("performance.md", performance()?));
+    let skimmerd = run::target_dir().join("debug/skimmerd");
+    documents.push(("openapi.json", run::output(Command::new(skimmerd).arg("--openapi"))?));
     for (name, text) in documents {
         let path = run::workspace().join("docs").join(name);
         if options.check {

@@ -3,6 +3,7 @@
 
 mod bench;
 mod bench_ab;
+mod deb;
 mod demo;
 mod docs;
 mod run;
@@ -19,6 +20,8 @@ enum Command {
     Test(test::Options),
     /// Write the parts of docs/ that the programs know best.
     Docs(docs::Options),
+    /// Make the Debian package.
+    Deb(deb::Options),
     /// Measure Skimmer beside what a user would pick instead, and write a report.
     Bench(bench::Options),
     /// Compare the working tree's speed with another revision's; fails on a regression.
@@ -31,6 +34,7 @@ fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::Test(options) => test::run(&options),
         Command::Docs(options) => docs::run(&options),
+        Command::Deb(options) => deb::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::BenchAb(options) => bench_ab::run(&options),
         Command::Demo(options) => demo::run(&options),

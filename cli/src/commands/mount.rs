@@ -64,7 +64,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
 }
 
 /// The image's name as a daemon with another working directory understands it.
-fn absolute(reference: &Reference) -> Result<String> {
+pub(super) fn absolute(reference: &Reference) -> Result<String> {
     let mut reference = reference.clone();
     match &mut reference {
         Reference::Registry(_) | Reference::Origin(_) => {}

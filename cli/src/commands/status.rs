@@ -58,5 +58,9 @@ fn print(status: &StatusReport) -> Result<()> {
             }
         }
     }
+    for prepared in &status.prepared {
+        let state = if prepared.mounted { "mounted by others" } else { "not mounted yet" };
+        output::line(&format!("{} is prepared ({}), {state}", prepared.image, prepared.mode))?;
+    }
     Ok(())
 }

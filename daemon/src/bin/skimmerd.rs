@@ -1,6 +1,6 @@
 //! `skimmerd`: serves image mounts on demand.
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -34,6 +34,9 @@ struct Arguments {
     /// Have the running daemon unmount everything and end, and its keeper too.
     #[arg(long)]
     stop_all: bool,
+    /// Print the OpenAPI document of the control API.
+    #[arg(long)]
+    openapi: bool,
 }
 
 impl Arguments {
@@ -72,6 +75,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    if arguments.openapi {
+        writeln!(std::io::stdout(), "{}", skimmer_daemon::control::document())?;
+        return Ok(());
+    }
     let config = arguments.config()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     if arguments.stop_all {

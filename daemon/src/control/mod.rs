@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::mounts::Mounts;
 
-pub use routes::router;
+pub use routes::{document, router};
 
 /// What the routes work on.
 #[derive(Clone)]

@@ -4,12 +4,15 @@ use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use axum::{Json, Router};
 use skimmer_client::{
-    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, Recording, RecordingQuery,
-    ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, PrepareRequest, Prepared, PreparedQuery,
+    Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
 };
+
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::{Api, Stop};
 use crate::mounts::{Failure, Kind};
@@ -17,18 +20,38 @@ use crate::mounts::{Failure, Kind};
 /// Largest request body taken, bytes.
 const BODY_LIMIT: usize = 1 << 20;
 
+/// What the document says of itself.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "skimmerd",
+        description = "The control API: HTTP/1.1 with JSON on a unix socket, /run/skimmer/skimmerd.sock unless told \
+                       otherwise. Paths are absolute, sizes are bytes, times are seconds since the epoch.",
+    ),
+    servers((url = "http://skimmerd", description = "Any host name will do: the socket decides.")),
+)]
+struct Document;
+
+fn described() -> (Router<Api>, utoipa::openapi::OpenApi) {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(status))
+        .routes(routes!(mounts, mount, umount))
+        .routes(routes!(prepared, prepare, release))
+        .routes(routes!(prefetch))
+        .routes(routes!(recording))
+        .routes(routes!(shutdown))
+        .routes(routes!(metrics))
+        .split_for_parts()
+}
+
+/// The OpenAPI document, as JSON.
+pub fn document() -> String {
+    described().1.to_pretty_json().unwrap_or_default()
+}
+
 /// All routes.
 pub fn router(api: Api) -> Router {
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/mounts", get(mounts).post(mount).delete(umount))
-        .route("/v1/prefetch", post(prefetch))
-        .route("/v1/recordings", get(recording))
-        .route("/v1/shutdown", post(shutdown))
-        .route("/metrics", get(metrics))
-        .fallback(unknown)
-        .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT))
-        .with_state(api)
+    described().0.fallback(unknown).layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT)).with_state(api)
 }
 
 /// A failure on its way out as JSON.
@@ -69,14 +92,33 @@ impl IntoResponse for Refusal {
     }
 }
 
+/// The daemon, its attach modes, mounts and blobs.
+#[utoipa::path(
+    get,
+    path = "/v1/status",
+    responses((status = 200, description = "The state.", body = StatusReport), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn status(State(api): State<Api>) -> Result<Json<StatusReport>, Refusal> {
     Ok(Json(api.mounts.status().await?))
 }
 
+/// Lists the mounts, by target.
+#[utoipa::path(
+    get,
+    path = "/v1/mounts",
+    responses((status = 200, description = "Live mounts.", body = Vec<Mount>), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn mounts(State(api): State<Api>) -> Json<Vec<Mount>> {
     Json(api.mounts.list())
 }
 
+/// Mounts an image; answers when it can be read.
+#[utoipa::path(
+    post,
+    path = "/v1/mounts",
+    request_body = MountRequest,
+    responses((status = 200, description = "The mount, which can be used.", body = Mount), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn mount(
     State(api): State<Api>,
     body: Result<Json<MountRequest>, JsonRejection>,
@@ -91,6 +133,13 @@ async fn mount(
     Ok(Json(work.await.map_err(Failure::from)??))
 }
 
+/// Takes a mount away.
+#[utoipa::path(
+    delete,
+    path = "/v1/mounts",
+    params(UmountQuery),
+    responses((status = 200, description = "The mount that is gone.", body = Mount), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn umount(
     State(api): State<Api>,
     query: Result<Query<UmountQuery>, QueryRejection>,
@@ -104,6 +153,59 @@ async fn umount(
     Ok(Json(work.await.map_err(Failure::from)??))
 }
 
+/// Lists images that others mount, by name.
+#[utoipa::path(
+    get,
+    path = "/v1/prepared",
+    responses((status = 200, description = "Prepared images.", body = Vec<Prepared>), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
+async fn prepared(State(api): State<Api>) -> Json<Vec<Prepared>> {
+    Json(api.mounts.prepared())
+}
+
+/// Makes an image ready to be mounted by others; it is released when its last mount goes.
+#[utoipa::path(
+    post,
+    path = "/v1/prepared",
+    request_body = PrepareRequest,
+    responses((status = 200, description = "How to mount it.", body = Prepared), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
+async fn prepare(
+    State(api): State<Api>,
+    body: Result<Json<PrepareRequest>, JsonRejection>,
+) -> Result<Json<Prepared>, Refusal> {
+    let Json(request) = body?;
+    let work = tokio::spawn(async move {
+        let prepared = api.mounts.prepare_for_others(request).await?;
+        tracing::info!(image = %prepared.image, mode = %prepared.mode, "prepared");
+        Ok::<_, Failure>(prepared)
+    });
+    Ok(Json(work.await.map_err(Failure::from)??))
+}
+
+/// Gives up a prepared image that is not mounted.
+#[utoipa::path(
+    delete,
+    path = "/v1/prepared",
+    params(PreparedQuery),
+    responses((status = 200, description = "What was released.", body = Prepared), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
+async fn release(
+    State(api): State<Api>,
+    query: Result<Query<PreparedQuery>, QueryRejection>,
+) -> Result<Json<Prepared>, Refusal> {
+    let Query(query) = query?;
+    let work = tokio::spawn(async move { api.mounts.release_prepared(&query.image).await });
+    Ok(Json(work.await.map_err(Failure::from)??))
+}
+
+/// Fetches files of a mounted image, or all of it, before they are read.
+#[utoipa::path(
+    post,
+    path = "/v1/prefetch",
+    request_body = PrefetchRequest,
+    responses((status = 200, description = "What it needs, and what of it was missing.", body = PrefetchReport), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn prefetch(
     State(api): State<Api>,
     body: Result<Json<PrefetchRequest>, JsonRejection>,
@@ -112,6 +214,13 @@ async fn prefetch(
     Ok(Json(api.mounts.prefetch(&request).await?))
 }
 
+/// What was read and fetched through a mount that is recorded.
+#[utoipa::path(
+    get,
+    path = "/v1/recordings",
+    params(RecordingQuery),
+    responses((status = 200, description = "Reads and fetches since the mount.", body = Recording), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn recording(
     State(api): State<Api>,
     query: Result<Query<RecordingQuery>, QueryRejection>,
@@ -120,6 +229,13 @@ async fn recording(
     Ok(Json(api.mounts.recording(&query.target).await?))
 }
 
+/// Ends the daemon; with `umount` everything, else mounts and keeper stay.
+#[utoipa::path(
+    post,
+    path = "/v1/shutdown",
+    request_body = ShutdownRequest,
+    responses((status = 200, description = "What was taken down, and what stays.", body = ShutdownReport), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn shutdown(
     State(api): State<Api>,
     body: Result<Json<ShutdownRequest>, JsonRejection>,
@@ -133,6 +249,12 @@ async fn shutdown(
     Ok(Json(report.await.map_err(Failure::from)??))
 }
 
+/// The metrics.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((status = 200, description = "Prometheus' text format, prefix `skimmer_`, base units.", body = String, content_type = "application/openmetrics-text"), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
 async fn metrics(State(api): State<Api>) -> Response {
     let mut text = String::new();
     match prometheus_client::encoding::text::encode(&mut text, &api.registry) {

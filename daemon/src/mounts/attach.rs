@@ -20,18 +20,18 @@ use crate::store::records::AttachmentRecord;
 const FAULT_GRACE: Duration = Duration::from_millis(50);
 
 /// A superblock that nobody sees yet.
-struct Raised {
+pub(super) struct Raised {
     mount: Arc<Detached>,
     device: String,
     bdi: Option<String>,
 }
 
 /// How a mount is going to be made.
-struct Plan {
-    mode: AttachMode,
-    reason: String,
+pub(super) struct Plan {
+    pub(super) mode: AttachMode,
+    pub(super) reason: String,
     /// The watched blobs, and what of them is ready: what has to be proved.
-    watched: Vec<(BlobSpec, ReadyBits)>,
+    pub(super) watched: Vec<(BlobSpec, ReadyBits)>,
     /// Whether what the image lists is fetched early.
     prefetch: bool,
 }
@@ -44,16 +44,11 @@ impl Mounts {
         request: &MountRequest,
         target: &Path,
     ) -> Result<Mount, Failure> {
-        let wanted = match request.mode {
-            AttachMode::Auto => self.config.mount.mode,
-            mode => mode,
-        };
+        let wanted = self.wanted(request.mode);
         let mut state = self.state.lock().await;
         self.sweep(&mut state).await;
         check_free(&state, target)?;
-        if let Some(login) = &request.credentials {
-            self.secrets.lock().unwrap_or_else(PoisonError::into_inner).put(&request.image, login.clone())?;
-        }
+        self.remember_login(request)?;
         if let Some(index) = shareable(&state, &opened.image.bootstrap, wanted) {
             if request.record.is_some() {
                 let message =
@@ -89,22 +84,44 @@ impl Mounts {
             (Err(failure), _) => Err(failure),
         };
         if result.is_err() {
-            for attachment in state.attachments.iter().filter(|a| a.rising.as_deref() == Some(target)) {
-                self.end_recording(attachment).await;
-            }
-            state.attachments.retain(|a| a.rising.as_deref() != Some(target));
-            self.release_unused(&mut state).await;
-            self.forget_secrets(&state);
-            let bootstrap = &opened.image.bootstrap;
-            if !state.attachments.iter().any(|a| a.record.bootstrap == *bootstrap) {
-                self.store.remove_image(bootstrap)?;
-            }
+            self.give_up(&mut state, target, &opened.image.bootstrap).await?;
         }
         result
     }
 
+    /// The mode that a request means.
+    pub(super) fn wanted(&self, mode: AttachMode) -> AttachMode {
+        if mode == AttachMode::Auto { self.config.mount.mode } else { mode }
+    }
+
+    /// Keeps the login that came with a request.
+    pub(super) fn remember_login(&self, request: &MountRequest) -> Result<(), Failure> {
+        let Some(login) = &request.credentials else { return Ok(()) };
+        let mut secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(secrets.put(&request.image, login.clone())?)
+    }
+
+    /// Lets go of an attachment that did not come up.
+    pub(super) async fn give_up(
+        &self,
+        state: &mut State,
+        target: &Path,
+        bootstrap: &str,
+    ) -> Result<(), Failure> {
+        for attachment in state.attachments.iter().filter(|a| a.rising.as_deref() == Some(target)) {
+            self.end_recording(attachment).await;
+        }
+        state.attachments.retain(|a| a.rising.as_deref() != Some(target));
+        self.release_unused(state).await;
+        self.forget_secrets(state);
+        if !state.attachments.iter().any(|a| a.record.bootstrap == bootstrap) {
+            self.store.remove_image(bootstrap)?;
+        }
+        Ok(())
+    }
+
     /// Everything up to the mount itself. What it takes into use is marked as used by an attachment that is rising.
-    async fn prepare(
+    pub(super) async fn prepare(
         &self,
         state: &mut State,
         opened: &Opened,
@@ -117,6 +134,17 @@ impl Mounts {
             Failure::new(Kind::Unavailable, why).remedy("`skimmer doctor` explains what each mode needs")
         })?;
         let why = modes::reason(wanted, mode, &reports);
+        let is_same = |record: &AttachmentRecord| {
+            record.mode == AttachMode::Fscache && record.bootstrap == opened.image.bootstrap
+        };
+        if mode == AttachMode::Fscache && state.records().any(is_same) {
+            let message = format!(
+                "{} is in use already, prepared or detached: over fscache the kernel mounts an image once",
+                request.image
+            );
+            return Err(Failure::new(Kind::Conflict, message)
+                .remedy("release it first (`skimmer release`), or bind-mount what is mounted"));
+        }
         for spec in &opened.specs {
             self.clear_fault(spec.id);
             self.claim(state, spec)?;
@@ -130,6 +158,7 @@ impl Mounts {
                 device: String::new(),
                 bdi: None,
                 mounts: Vec::new(),
+                prepared: None,
             },
             image: opened.image.clone(),
             specs: opened.specs.clone(),
@@ -193,6 +222,7 @@ impl Mounts {
             device: raised.device,
             bdi: raised.bdi,
             mounts: vec![mount.clone()],
+            prepared: None,
         };
         let shown = match self.save(state, false) {
             Ok(()) => show(raised.mount, &mount.target).await,
@@ -374,7 +404,7 @@ impl Mounts {
     }
 
     /// The mount system calls, on a thread of their own: an fscache mount waits for the data path.
-    async fn raise(&self, opened: &Opened, mode: AttachMode) -> Result<Raised, Failure> {
+    pub(super) async fn raise(&self, opened: &Opened, mode: AttachMode) -> Result<Raised, Failure> {
         let name = &opened.image.bootstrap;
         let source = if on_demand(mode) == Some(Mode::Fscache) {
             Source::Fscache { fsid: name.clone(), domain: DOMAIN.to_owned() }
@@ -394,7 +424,7 @@ impl Mounts {
     }
 
     /// Reads through the new mount what is not cached yet, one chunk per watched blob, all at once.
-    async fn prove(&self, opened: &Opened, plan: &Plan, raised: &Raised) -> Result<(), Failure> {
+    pub(super) async fn prove(&self, opened: &Opened, plan: &Plan, raised: &Raised) -> Result<(), Failure> {
         let watched: Vec<_> = plan.watched.iter().map(|(spec, ready)| (spec, ready)).collect();
         let damaged = |error: erofs_format::FormatError| Failure::new(Kind::BadImage, error.to_string());
         let image = Image::parse(&opened.bootstrap).map_err(damaged)?;
@@ -465,7 +495,7 @@ impl Mounts {
             .remedy("nothing was mounted; check that the image's source can be reached, then try again")
     }
 
-    fn describe(
+    pub(super) fn describe(
         &self,
         opened: &Opened,
         request: &MountRequest,

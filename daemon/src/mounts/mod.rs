@@ -15,6 +15,7 @@ pub mod probe;
 
 mod attach;
 mod early;
+mod prepared;
 mod readahead;
 mod recording;
 mod release;
@@ -281,6 +282,7 @@ impl Mounts {
             buffer_bytes: status.budget_bytes,
             buffer_used_bytes: status.in_flight_bytes,
             mounts: self.list(),
+            prepared: self.prepared(),
             blobs: blobs.into_values().collect(),
         })
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use skimmer_client::{AttachMode, Mount, ShutdownReport};
 
-use super::{Attachment, Failure, Kind, Mounts, State, VOLUME, bdi, kernel, mountinfo, on_demand};
+use super::{Attachment, Failure, Kind, Mounts, State, VOLUME, bdi, kernel, mountinfo, on_demand, prepared};
 use crate::blob::{BlobId, BlobSpec};
 use crate::driver::DriverError;
 use crate::frontend::Mode;
@@ -55,11 +55,13 @@ impl Mounts {
                 let mount = self.umount_one(state, index, place, false).await?;
                 report.unmounted.push(mount.target);
             }
+            prepared::spend(state, |_| true);
             self.release(state).await?;
+            report.remaining = prepared::in_use(state).await?.into_values().flatten().collect();
             let idle = state.attachments.is_empty() && state.known.is_empty() && state.watched.is_empty();
             report.keeper_stopped = idle && self.keeper.is_ok();
         }
-        report.remaining = self.list().into_iter().map(|mount| mount.target).collect();
+        report.remaining.extend(self.list().into_iter().map(|mount| mount.target));
         Ok(())
     }
 
@@ -136,6 +138,7 @@ impl Mounts {
 
     /// Drops superblocks that are gone, then what only they needed.
     pub(super) async fn release(&self, state: &mut State) -> Result<(), Failure> {
+        self.look_after_prepared(state).await?;
         let before = state.attachments.len();
         let present = mountinfo::erofs_mounts();
         let mut gone: Vec<String> = Vec::new();
@@ -145,6 +148,7 @@ impl Mounts {
             let record = &attachment.record;
             let alive = attachment.rising.is_some()
                 || !record.mounts.is_empty()
+                || record.prepared.is_some()
                 || match &record.bdi {
                     Some(name) => bdi::is_alive(name),
                     // What cannot be told counts as alive.

@@ -36,7 +36,9 @@ impl Mounts {
         for mut attachment in record.attachments {
             attachment.mounts.retain(|m| mountinfo::contains(&present, &attachment.device, &m.target));
             let alive = same_boot
-                && (!attachment.mounts.is_empty() || attachment.bdi.as_deref().is_some_and(bdi::is_alive));
+                && (!attachment.mounts.is_empty()
+                    || attachment.prepared.is_some()
+                    || attachment.bdi.as_deref().is_some_and(bdi::is_alive));
             let name = attachment.bootstrap.clone();
             if !alive {
                 tracing::info!(bootstrap = %name, "was unmounted meanwhile");

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use skimmer_client::{AttachMode, Credentials, Mount};
+use skimmer_client::{AttachMode, Credentials, Mount, Prepared};
 
 use super::{Store, StoreError, atomic};
 use crate::blob::BlobId;
@@ -61,6 +61,9 @@ pub struct AttachmentRecord {
     pub bdi: Option<String>,
     /// Its mounts; none left when it was detached and files on it are still open.
     pub mounts: Vec<Mount>,
+    /// Set when others mount it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<Prepared>,
 }
 
 /// `mounts.json`.
@@ -227,6 +230,7 @@ mod tests {
                 mode: AttachMode::Fanotify,
                 device: "0:55".into(),
                 bdi: Some("erofs-1".into()),
+                prepared: None,
                 mounts: vec![],
             }],
         };
