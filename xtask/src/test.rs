@@ -25,6 +25,7 @@ const PACKAGES: &[&str] = &[
     "qemu-system-x86",
     "runc",
     "skopeo",
+    "systemd",
     "umoci",
 ];
 
