@@ -452,6 +452,9 @@ pub struct ShutdownReport {
     /// Mounts that stay.
     #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub remaining: Vec<PathBuf>,
+    /// Whether nothing uses an image any more; known when everything was to be unmounted.
+    #[serde(default)]
+    pub idle: bool,
     /// Whether the keeper, which then holds nothing, is told to exit too.
     pub keeper_stopped: bool,
 }

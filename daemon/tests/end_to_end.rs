@@ -196,6 +196,31 @@ async fn a_lie_of_a_source_is_never_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_still_open_is_told_when_everything_shall_end() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    let open = std::fs::File::open(world.path("mnt/file0")).unwrap();
+    client.umount(world.path("mnt"), true).await.unwrap();
+    let stop_all = |world: &World| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_skimmerd"));
+        command.arg("--stop-all").arg("--socket").arg(world.socket()).output().unwrap()
+    };
+    let refused = stop_all(&world);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("open file"), "{said}");
+    assert!(world.daemon.take().unwrap().wait().unwrap().success());
+    drop(open);
+    world.start_daemon().await;
+    let done = stop_all(&world);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(world.daemon.take().unwrap().wait().unwrap().success(), "{}", world.log());
+    assert!(world.keeper.wait().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_traced_image_brings_its_start_before_it_is_read() {
     let Some(mut world) = World::start() else { return };
     world.fill_tree();

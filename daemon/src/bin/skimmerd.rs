@@ -122,8 +122,13 @@ async fn stop_all(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
     for target in report.unmounted {
         println!("unmounted {}", target.display());
     }
-    if !report.keeper_stopped {
-        eprintln!("skimmerd: the keeper stays: something still uses what it holds");
+    if report.idle {
+        return Ok(());
     }
-    Ok(())
+    let used: Vec<_> = report.remaining.iter().map(|target| target.display().to_string()).collect();
+    let used = if used.is_empty() { "an overlay, or an open file".to_owned() } else { used.join(", ") };
+    Err(format!(
+        "{used} still uses an image: the keeper stays for it; end it, then start skimmerd and try again"
+    )
+    .into())
 }

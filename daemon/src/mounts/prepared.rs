@@ -193,7 +193,14 @@ impl Mounts {
             let devices = opened.specs.iter().enumerate().map(link).collect::<Result<_, _>>()?;
             Ok((source, devices))
         };
-        let (source, devices) = make().map_err(|error| cannot("make links in", &dir, &error))?;
+        let made = make().map_err(|error| cannot("make links in", &dir, &error));
+        let (source, devices) = match made {
+            Ok(made) => made,
+            Err(failure) => {
+                self.unlink_files(bootstrap)?;
+                return Err(failure);
+            }
+        };
         let text = |path: PathBuf| {
             let text = path.to_str().filter(|text| !text.contains(','));
             let bad = || Failure::new(Kind::Internal, format!("{} cannot be a mount option", path.display()));

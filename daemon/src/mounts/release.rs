@@ -59,6 +59,7 @@ impl Mounts {
             self.release(state).await?;
             report.remaining = prepared::in_use(state).await?.into_values().flatten().collect();
             let idle = state.attachments.is_empty() && state.known.is_empty() && state.watched.is_empty();
+            report.idle = idle;
             report.keeper_stopped = idle && self.keeper.is_ok();
         }
         report.remaining.extend(self.list().into_iter().map(|mount| mount.target));
