@@ -16,7 +16,7 @@ use crate::api::images::ListImagesRequest;
 use crate::api::images::images_client::ImagesClient;
 use crate::error::Kind as ErrorKind;
 use crate::images::ImageName;
-use crate::{Error, NAMESPACE};
+use crate::{Error, NAMESPACE, labels};
 
 /// How long containerd may take to answer one question.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -106,8 +106,8 @@ impl Containerd {
             if seen > MAX_MANIFESTS {
                 break;
             }
-            let bootstrap = "containerd.io/snapshot/nydus-bootstrap";
-            let is_lazy = manifest.layers.last().is_some_and(|last| last.annotations.contains_key(bootstrap));
+            let is_bootstrap = |layer: &Reference| layer.annotations.contains_key(labels::BOOTSTRAP);
+            let is_lazy = manifest.layers.last().is_some_and(is_bootstrap);
             let Some(config) = manifest.config.filter(|_| is_lazy) else { continue };
             let Some(config) = self.read::<Config>(channel, namespace, &config.digest).await? else {
                 continue;

@@ -12,7 +12,7 @@ pub(crate) const REF: &str = "containerd.io/snapshot.ref";
 /// The layer holds file data of a RAFS image.
 const BLOB: &str = "containerd.io/snapshot/nydus-blob";
 /// The layer holds the bootstrap of a RAFS image.
-const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
+pub(crate) const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 /// Set by CRI and by clients that add the image's name to every layer.
 const IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
