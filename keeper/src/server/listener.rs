@@ -34,20 +34,25 @@ impl Listener {
             Errno::WOULDBLOCK => StartError::Running(path.into()),
             errno => fail(&lock_path, "locking")(errno),
         })?;
-        // The lock is ours, so a socket file that is there belongs to nobody.
-        match rustix::fs::unlink(path) {
+        // Bound beside its place and renamed into it, so that whoever finds the socket is answered. The lock is
+        // ours, so files that are there belong to nobody.
+        let mut made_path = OsString::from(path);
+        made_path.push(".new");
+        let made_path = PathBuf::from(made_path);
+        match rustix::fs::unlink(&made_path) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(fail(path, "removing the old socket")(errno)),
+            Err(errno) => return Err(fail(&made_path, "removing an old socket")(errno)),
         }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
         let socket = socket.map_err(fail(path, "making a socket"))?;
-        let address = SocketAddrUnix::new(path).map_err(fail(path, "as a socket address"))?;
+        let address = SocketAddrUnix::new(&made_path).map_err(fail(&made_path, "as a socket address"))?;
         let umask = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
         let bound = rustix::net::bind(&socket, &address);
         rustix::process::umask(umask);
-        bound.map_err(fail(path, "binding"))?;
-        rustix::net::listen(&socket, 16).map_err(fail(path, "listening"))?;
+        bound.map_err(fail(&made_path, "binding"))?;
+        rustix::net::listen(&socket, 16).map_err(fail(&made_path, "listening"))?;
+        rustix::fs::rename(&made_path, path).map_err(fail(path, "moving the socket into place"))?;
         Ok(Self { socket, path: path.into(), _lock: lock })
     }
 
