@@ -5,6 +5,7 @@ mod commands;
 mod daemon;
 mod image;
 mod output;
+mod top;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -69,6 +70,8 @@ enum Command {
     Optimize(commands::optimize::Options),
     /// Show the daemon, its mounts and its cache.
     Status(commands::status::Options),
+    /// Watch the daemon at work: reads, bytes, waiting times, images.
+    Top(commands::top::Options),
     /// Print or check the daemon's configuration.
     Config(commands::config::Options),
     /// Tell containerd about our snapshots.
@@ -76,7 +79,7 @@ enum Command {
     /// Write manual pages and shell completions.
     #[command(hide = true)]
     Generate(commands::generate::Options),
-    /// Tell which attach modes this machine can run, and why not the others.
+    /// Look at kernel, cache, daemon, containerd and registry: what is missing, and what to do about it.
     Doctor(commands::doctor::Options),
 }
 
@@ -138,6 +141,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Report(options) => commands::record::report(&options, global),
         Command::Optimize(options) => commands::optimize::run(options, global).await,
         Command::Status(options) => commands::status::run(options, global).await,
+        Command::Top(options) => commands::top::run(options, global).await,
         Command::Config(options) => commands::config::run(&options, global),
         Command::Containerd(options) => commands::containerd::run(&options, global),
         Command::Generate(options) => commands::generate::run(&options, Arguments::command()),

@@ -194,6 +194,14 @@ impl Client {
         self.json(Method::POST, "/v1/shutdown", |builder| builder.json(&ShutdownRequest { umount })).await
     }
 
+    /// `POST /v1/reload`: the daemon's program, as it is on disk now, takes the place of the one that runs.
+    ///
+    /// # Errors
+    /// [`ClientError::Api`] with status 400 when it would not start: then nothing changes.
+    pub async fn reload(&self) -> Result<(), ClientError> {
+        self.send(Method::POST, "/v1/reload", |request| request).await.map(drop)
+    }
+
     /// `GET /metrics`: the text that Prometheus reads.
     ///
     /// # Errors

@@ -95,6 +95,9 @@ pub struct MountRequest {
     /// Whether reads and fetches are written down, until the mount is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record: Option<Record>,
+    /// W3C trace context of what asks for the mount (`00-…-…-01`): traces of its misses go on in that trace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
 }
 
 impl MountRequest {
@@ -108,6 +111,7 @@ impl MountRequest {
             insecure: Vec::new(),
             ca: None,
             record: None,
+            traceparent: None,
         }
     }
 }
@@ -271,6 +275,9 @@ pub struct Mount {
     pub blobs: Vec<String>,
     /// Seconds since the epoch when it was mounted.
     pub mounted_at: u64,
+    /// The trace context of the request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
     /// Why the daemon cannot serve it, if so: reads of what is not cached fail or wait.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<String>,
@@ -397,6 +404,9 @@ pub struct StatusReport {
     pub pid: u32,
     /// Seconds since it started.
     pub uptime_s: u64,
+    /// When it started: milliseconds since 1970, UTC.
+    #[serde(default)]
+    pub started_at_ms: u64,
     /// Its root directory (cache and state).
     #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub root: PathBuf,

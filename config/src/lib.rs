@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ pub const DEFAULT_PATH: &str = "/etc/skimmer/config.toml";
 pub const DEFAULT_TEXT: &str = include_str!("default.toml");
 
 /// Everything that can be set.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Cache and state.
@@ -27,6 +28,8 @@ pub struct Config {
     pub keeper_socket: PathBuf,
     /// Log filter, as `tracing` reads it.
     pub log: String,
+    /// The log's form.
+    pub log_format: LogFormat,
     /// How data is fetched.
     pub fetch: Fetch,
     /// What is fetched before it is read.
@@ -37,10 +40,18 @@ pub struct Config {
     pub mount: Mount,
     /// How registries are reached.
     pub registry: Registry,
+    /// The node's Dragonfly daemon.
+    pub dragonfly: Dragonfly,
     /// The fscache attach mode.
     pub fscache: Fscache,
     /// containerd's snapshots.
     pub containerd: Containerd,
+    /// Where metrics are served beside the control socket.
+    pub metrics: Metrics,
+    /// OpenTelemetry.
+    pub traces: Traces,
+    /// What images read.
+    pub audit: Audit,
 }
 
 impl Default for Config {
@@ -50,13 +61,18 @@ impl Default for Config {
             socket: skimmer_client::DEFAULT_SOCKET.into(),
             keeper_socket: "/run/skimmer/keeper.sock".into(),
             log: "info".into(),
+            log_format: LogFormat::Text,
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
             fill: Fill::default(),
             mount: Mount::default(),
             registry: Registry::default(),
+            dragonfly: Dragonfly::default(),
             fscache: Fscache::default(),
             containerd: Containerd::default(),
+            metrics: Metrics::default(),
+            traces: Traces::default(),
+            audit: Audit::default(),
         }
     }
 }
@@ -238,6 +254,70 @@ impl Default for Containerd {
     }
 }
 
+/// The form of the log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+/// `[dragonfly]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Dragonfly {
+    /// The registry mirror of the node's dfdaemon, `http://HOST:PORT`; empty for none.
+    pub endpoint: String,
+    /// Whether the first read of a blob has dfdaemon fetch all of it.
+    pub prefetch: bool,
+}
+
+impl Dragonfly {
+    /// As sources take it.
+    ///
+    /// # Errors
+    /// The endpoint is no such URL.
+    pub fn source(&self) -> Result<Option<skimmer_fetcher::registry::Dragonfly>, String> {
+        let made = || skimmer_fetcher::registry::Dragonfly::new(&self.endpoint, self.prefetch);
+        (!self.endpoint.is_empty()).then(made).transpose()
+    }
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Address and port; only the control socket has them when not set.
+    pub listen: Option<SocketAddr>,
+}
+
+/// `[traces]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Traces {
+    /// The collector, `http://HOST:PORT`; empty for none.
+    pub endpoint: String,
+    /// Share of misses that are traced, 0 to 1.
+    pub sample: f64,
+}
+
+impl Default for Traces {
+    fn default() -> Self {
+        Self { endpoint: String::new(), sample: 0.01 }
+    }
+}
+
+/// `[audit]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Audit {
+    /// Where reads are written down; nowhere when not set.
+    pub file: Option<PathBuf>,
+}
+
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -382,6 +462,18 @@ impl Config {
         }
         if self.mount.mode == AttachMode::Fscache && !self.fscache.enable {
             return fail("mount.mode", "is \"fscache\", which `fscache.enable` rules out");
+        }
+        if let Err(reason) = self.dragonfly.source() {
+            return fail("dragonfly.endpoint", &reason);
+        }
+        if !self.traces.endpoint.is_empty() && !self.traces.endpoint.starts_with("http://") {
+            return fail("traces.endpoint", "must be `http://HOST:PORT`, or empty for none");
+        }
+        if !(0.0..=1.0).contains(&self.traces.sample) {
+            return fail("traces.sample", "must be from 0 to 1");
+        }
+        if self.audit.file.as_ref().is_some_and(|file| !file.is_absolute()) {
+            return fail("audit.file", "must be an absolute path");
         }
         let tag = &self.fscache.tag;
         if tag.is_empty() || tag.len() > 64 || !tag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {

@@ -9,16 +9,19 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use skimmer_keeper::client::{Command as KeeperCommand, Keeper, KeeperError, Notice, Welcome};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::containerd;
-use crate::control::{self, Api, Stop};
+use crate::control::{self, Api, Check, Stop};
 use crate::driver::{Driver, DriverConfig};
+use crate::follow::Following;
 use crate::frontend::Frontends;
 use crate::metrics::Metrics;
 use crate::mounts::{KeeperState, Mounts, Parts};
-use crate::service;
+use crate::node_metrics::NodeMetrics;
+use crate::service::{self, Sockets};
 use crate::store::Store;
 use crate::store::journal::Journal;
 use crate::store::records::Secrets;
@@ -27,11 +30,14 @@ use skimmer_config::Config;
 /// How long a keeper that was just started may take to answer.
 const KEEPER_START: Duration = Duration::from_secs(5);
 
-/// Runs the daemon until a signal or a request ends it.
+/// How long the last traces may take to be sent.
+const FOLLOW_END: Duration = Duration::from_secs(3);
+
+/// Runs the daemon until a signal or a request ends it; says how. `check` tells why it could not start again.
 ///
 /// # Errors
 /// What kept it from starting, or from ending well.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::Result<Stop> {
     let store = Store::open(&config.root)?;
     // Before anything is taken over: what cannot be understood must not be overwritten.
     let record = store.load_mounts()?;
@@ -39,7 +45,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         make_parent(socket)?;
     }
     // First of all: a daemon that cannot be reached must not take over anything.
-    let mut sockets = service::Sockets::given();
     let control = sockets.listen(&config.socket)?;
     let for_containerd = containerd::listen(&config, &mut sockets)?;
     let ours: Vec<PathBuf> = [Some(&control), for_containerd.as_ref()]
@@ -47,6 +52,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .flatten()
         .filter_map(service::Socket::ours)
         .collect();
+    let for_metrics = match config.metrics.listen {
+        Some(address) => {
+            let listener = TcpListener::bind(address).await;
+            Some(listener.with_context(|| format!("metrics.listen: cannot listen on {address}"))?)
+        }
+        None => None,
+    };
     let runtime_dir = config.socket.parent().unwrap_or(Path::new("/run")).to_owned();
     let secrets = Secrets::open(runtime_dir.join("credentials.json"));
 
@@ -73,7 +85,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let metrics = Metrics::register(&mut registry);
     let runtime = tokio::runtime::Handle::current();
     let sink = Box::new(journal.clone());
-    let (driver, thread) = Driver::start(driver_config(&config), frontends, sink, metrics, runtime)?;
+    let mut driver_config = driver_config(&config);
+    let following = Following::begin(&config)?.map(|(follower, following)| {
+        driver_config.follower = Some(follower);
+        following
+    });
+    let (driver, thread) = Driver::start(driver_config, frontends, sink, metrics, runtime)?;
     let parts = Parts {
         config: config.clone(),
         store,
@@ -96,13 +113,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             }
         })
     };
+    let following = following.map(|following| tokio::spawn(following.run(Arc::downgrade(&mounts))));
     let sweeping = tokio::spawn(Arc::clone(&mounts).sweep_forever());
-    let signals = tokio::spawn(stop_on_signal(stop.clone()));
-    let api = Api { mounts: Arc::clone(&mounts), registry: Arc::new(registry), stop: stop.clone() };
+    let signals = tokio::spawn(stop_on_signal(stop.clone(), check));
+    let mut snapshotter = None;
     let containerd = match for_containerd {
         None => None,
         Some(socket) => {
-            let snapshotter = containerd::snapshotter(&config, &mounts).await?;
+            let snapshotter =
+                Arc::clone(snapshotter.insert(containerd::snapshotter(&config, &mounts).await?));
             let mut stop = stop.subscribe();
             let stopped = async move {
                 let _ = stop.wait_for(Option::is_some).await;
@@ -111,7 +130,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             Some(tokio::spawn(skimmer_snapshotter::serve(socket.listener, snapshotter, stopped)))
         }
     };
+    registry.register_collector(Box::new(NodeMetrics::new(&mounts)));
+    let registry = Arc::new(registry);
+    let api = Api { mounts: Arc::clone(&mounts), registry, snapshotter, check, stop: stop.clone() };
     tracing::info!(socket = %config.socket.display(), root = %config.root.display(), "ready");
+    let for_metrics = for_metrics.map(|listener| tokio::spawn(control::serve_metrics(listener, api.clone())));
     let mut serving = tokio::spawn(control::serve(control.listener, api));
     let watching = watch_thread(thread, stop.clone());
     let watched = tokio::spawn(service::stay_watched(driver.clone()));
@@ -124,13 +147,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             tracing::error!("{error:#}");
         }
     }
-    service::stopping();
+    if let Some(for_metrics) = for_metrics {
+        for_metrics.abort();
+    }
+    let end = stop.borrow().unwrap_or(Stop::Daemon);
+    match end {
+        Stop::Again => service::reloading(),
+        Stop::Daemon | Stop::Everything => service::stopping(),
+    }
     signals.abort();
     watched.abort();
     sweeping.abort();
     // The data path first: what it still writes goes into the journal.
     let ended = driver.shutdown().await;
     let thread_result = watching.await?;
+    if let Some(following) = following {
+        // The data path is gone: it ends with what it heard.
+        let _ = tokio::time::timeout(FOLLOW_END, following).await;
+    }
     let journal_end = journal.clone();
     let recorded = tokio::task::spawn_blocking(move || journal_end.stop()).await?;
     hearing.abort();
@@ -139,7 +173,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     for socket in ours {
         let _ = std::fs::remove_file(socket);
     }
-    if *stop.borrow() == Some(Stop::Everything) {
+    if end == Stop::Everything {
         let socket = config.keeper_socket.clone();
         let stopped = tokio::task::spawn_blocking(move || stop_keeper(&socket)).await?;
         stopped.context("the keeper could not be stopped")?;
@@ -149,7 +183,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     ended?;
     served?;
     tracing::info!("ended");
-    Ok(())
+    Ok(end)
 }
 
 /// Waits until the control server has ended after `stopped` was set. Connections that are kept open without a
@@ -190,12 +224,24 @@ fn watch_thread(
     })
 }
 
-async fn stop_on_signal(stop: watch::Sender<Option<Stop>>) {
+async fn stop_on_signal(stop: watch::Sender<Option<Stop>>, check: Check) {
     let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
     let Ok(mut interrupt) = signal(SignalKind::interrupt()) else { return };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => {}
+        }
+        match tokio::task::spawn_blocking(check).await {
+            Ok(Ok(())) => {
+                stop.send_replace(Some(Stop::Again));
+                return;
+            }
+            Ok(Err(why)) => tracing::error!("not reloaded: {why}"),
+            Err(error) => tracing::error!("not reloaded: {error}"),
+        }
     }
     tracing::info!("asked to end; mounts and keeper stay");
     stop.send_replace(Some(Stop::Daemon));

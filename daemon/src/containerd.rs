@@ -7,7 +7,9 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use skimmer_client::{Credentials, MountRequest};
 use skimmer_config::Config;
-use skimmer_snapshotter::{Containerd, Error, ImageName, Images, Kind as ErrorKind, Login, Snapshotter};
+use skimmer_snapshotter::{
+    Containerd, Error, ImageName, Images, Kind as ErrorKind, Login, Pull, Snapshotter,
+};
 
 use crate::control::SocketError;
 use crate::mounts::{Failure, Kind, Mounts};
@@ -50,9 +52,11 @@ fn refused(failure: Failure) -> Error {
 
 #[async_trait]
 impl Images for Lazily {
-    async fn mount(&self, image: &ImageName, login: Option<Login>, target: PathBuf) -> Result<(), Error> {
+    async fn mount(&self, image: &ImageName, pull: Pull, target: PathBuf) -> Result<(), Error> {
         let mut request = MountRequest::new(format!("docker://{}", image.reference), target);
-        request.credentials = login.map(|Login { username, password }| Credentials { username, password });
+        request.traceparent = pull.traceparent;
+        request.credentials =
+            pull.login.map(|Login { username, password }| Credentials { username, password });
         let mount = self.0.mount(request).await.map_err(refused)?;
         tracing::info!(image = %mount.image, target = %mount.target.display(), mode = %mount.mode, "mounted");
         Ok(())

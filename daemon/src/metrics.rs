@@ -157,6 +157,8 @@ pub struct Metrics {
     pub in_flight_bytes: Gauge,
     /// Kernel requests that wait.
     pub pending_reads: Gauge,
+    /// Kernel requests that traces and audit log were too slow for.
+    pub lost_traces: Counter,
 }
 
 fn seconds() -> Histogram {
@@ -182,10 +184,21 @@ impl Metrics {
             write_errors: Family::default(),
             in_flight_bytes: Gauge::default(),
             pending_reads: Gauge::default(),
+            lost_traces: Counter::default(),
         };
         // A counter of nothing yet still shows as zero, so that a test or an alert can tell it from a missing one.
+        for stage in [Stage::wait, Stage::plan, Stage::fetch, Stage::verify, Stage::write, Stage::total] {
+            drop(metrics.stages.get_or_create(&StageLabel { stage }));
+        }
+        for result in [FetchResult::ok, FetchResult::failed, FetchResult::cancelled] {
+            drop(metrics.fetches.get_or_create(&FetchLabels { result }));
+        }
         for mode in [Mode::Fanotify, Mode::Fscache] {
-            let ModeLabel { mode } = mode.into();
+            let label = mode.into();
+            let by_mode =
+                [&metrics.asked_bytes, &metrics.written_bytes, &metrics.writes, &metrics.write_errors];
+            by_mode.into_iter().for_each(|family| drop(family.get_or_create(&label)));
+            let ModeLabel { mode } = label;
             for kind in [RequestKind::read, RequestKind::open, RequestKind::close, RequestKind::bad] {
                 drop(metrics.kernel_requests.get_or_create(&RequestLabels { mode, kind }));
             }
@@ -241,6 +254,11 @@ impl Metrics {
             metrics.in_flight_bytes.clone(),
         );
         r.register("pending_reads", "Kernel requests that wait", metrics.pending_reads.clone());
+        r.register(
+            "lost_traces",
+            "Kernel requests that traces and audit log were too slow for",
+            metrics.lost_traces.clone(),
+        );
         metrics
     }
 

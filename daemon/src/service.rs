@@ -2,8 +2,10 @@
 //!
 //! Nothing of it is needed: without a manager every call does nothing.
 
+use std::io;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
@@ -12,7 +14,14 @@ use tokio::net::UnixListener;
 use crate::control::{self, SocketError};
 use crate::driver::Handle;
 
-/// Sockets that the manager opened for us: callers wait at them while we are restarted.
+/// Sockets that the manager opened for this process: callers wait at them while we are restarted.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// In their places among the descriptors, from the third on; `None` where something else was given.
+    sockets: Vec<Option<StdListener>>,
+}
+
+/// The same sockets, to listen on.
 #[derive(Debug, Default)]
 pub struct Sockets(Vec<StdListener>);
 
@@ -25,21 +34,50 @@ pub struct Socket {
     own: bool,
 }
 
-impl Sockets {
+impl Inherited {
     /// Takes those that came with our start (`LISTEN_FDS`).
-    pub fn given() -> Self {
+    #[must_use]
+    pub fn take() -> Self {
         let mut given = ListenFd::from_env();
-        let sockets = (0..given.len()).filter_map(|number| {
-            given
-                .take_unix_listener(number)
+        let count = given.len();
+        let take = |number| {
+            let socket = given.take_unix_listener(number);
+            socket
                 .inspect_err(|error| {
-                    tracing::warn!("socket {number} of the service manager is not used: {error}")
+                    eprintln!("skimmerd: socket {number} of the service manager is not used: {error}")
                 })
-                .ok()?
-        });
-        Self(sockets.collect())
+                .ok()
+                .flatten()
+        };
+        Self { sockets: (0..count).map(take).collect() }
     }
 
+    /// Them, to listen on.
+    ///
+    /// # Errors
+    /// When there are too many open files.
+    pub fn sockets(&self) -> io::Result<Sockets> {
+        self.sockets.iter().flatten().map(StdListener::try_clone).collect::<io::Result<_>>().map(Sockets)
+    }
+
+    /// Leaves them to a program that takes the place of this one in the same process.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn pass_on(&self, to: &mut Command) -> io::Result<()> {
+        if self.sockets.is_empty() {
+            return Ok(());
+        }
+        for socket in self.sockets.iter().flatten() {
+            rustix::io::fcntl_setfd(socket, rustix::io::FdFlags::empty())?;
+        }
+        to.env("LISTEN_FDS", self.sockets.len().to_string())
+            .env("LISTEN_PID", std::process::id().to_string());
+        Ok(())
+    }
+}
+
+impl Sockets {
     /// The one at `path`, or a new one.
     ///
     /// # Errors
@@ -68,6 +106,14 @@ impl Socket {
 /// Tells that requests are answered from now on.
 pub fn ready() {
     tell(&[NotifyState::Ready]);
+}
+
+/// Tells that a new program takes our place and will say when it is ready.
+pub fn reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::warn!("the service manager is not told of the reload: {error}"),
+    }
 }
 
 /// Tells that we end.

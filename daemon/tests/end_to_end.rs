@@ -56,6 +56,50 @@ async fn mount_read_unmount_and_nothing_is_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reload_changes_the_configuration_and_nothing_else() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    std::fs::write(world.path("config.toml"), "log = \"info\"\n").unwrap();
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    let before = client.status().await.unwrap();
+    let reload = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_skimmerd"));
+        command.arg("--socket").arg(world.socket()).arg("--reload").output().unwrap()
+    };
+
+    std::fs::write(world.path("config.toml"), "[fetch]\nbudget_mib = 0\n").unwrap();
+    let refused = reload();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("fetch.budget_mib"), "{said}");
+    assert_eq!(client.status().await.unwrap().started_at_ms, before.started_at_ms);
+
+    std::fs::write(world.path("config.toml"), "[fetch]\nbudget_mib = 32\n").unwrap();
+    let done = reload();
+    assert!(done.status.success(), "{}\n{}", String::from_utf8_lossy(&done.stderr), world.log());
+    let client = Client::connect(world.socket()).await.unwrap();
+    let after = client.status().await.unwrap();
+    assert_eq!((after.pid, after.buffer_bytes), (before.pid, 32 << 20));
+    assert!(after.started_at_ms > before.started_at_ms && after.mounts.len() == 1, "{after:?}");
+    world.assert_same("mnt");
+
+    // By the signal, too.
+    let pid = rustix::process::Pid::from_raw(i32::try_from(after.pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    for _ in 0..1500 {
+        let Ok(client) = Client::connect(world.socket()).await else { continue };
+        let Ok(status) = client.status().await else { continue };
+        if status.started_at_ms > after.started_at_ms {
+            client.umount(world.path("mnt"), false).await.unwrap();
+            return world.assert_all_gone(&client).await;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the signal does nothing:\n{}", world.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn mounts_at_once_share_what_they_can() {
     let Some(mut world) = World::start() else { return };
     world.fill_tree();

@@ -13,6 +13,7 @@ use url::Url;
 
 use crate::source::{ErrorClass, SourceError};
 use crate::sources::Health;
+use crate::traffic::Traffic;
 
 /// How long a request may make no progress. There is no limit on a whole transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -178,14 +179,22 @@ pub struct Pool {
     clients: Arc<Mutex<HashMap<HttpOptions, Weak<Clients>>>>,
     /// How each host has been doing, by scheme, host and port.
     health: Arc<Mutex<HashMap<String, Arc<Health>>>>,
+    traffic: Traffic,
 }
 
 impl Pool {
+    /// What has come so far.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        self.traffic.clone()
+    }
+
     /// What is known of the host of a URL. Hosts are few: what was learned of one is kept.
-    pub(crate) fn health(&self, url: &Url) -> Arc<Health> {
+    pub(crate) fn health(&self, url: &Url, may_hang: bool) -> Arc<Health> {
         let host = format!("{}://{}", url.scheme(), host_of(url));
         let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(health.entry(host).or_default())
+        let new = || Arc::new(if may_hang { Health::of_one_that_may_hang() } else { Health::default() });
+        Arc::clone(health.entry(host).or_insert_with(new))
     }
 
     pub(crate) fn clients(&self, options: &HttpOptions) -> Arc<Clients> {

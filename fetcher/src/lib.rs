@@ -30,6 +30,7 @@ pub mod source;
 pub mod sources;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod traffic;
 
 pub use digest::Digest;
 pub use reference::Reference;

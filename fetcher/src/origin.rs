@@ -46,7 +46,7 @@ impl Origin {
             let web = Registry::of_files(reference.url(), options)?;
             (Kind::Web(web.clone()), Arc::new(web))
         };
-        let blobs = Sources::new(name, [(source, options.pool.health(reference.url()))]);
+        let blobs = Sources::new(name, [(source, options.pool.health(reference.url(), false))]);
         Ok(Self { name: name.into(), kind, blobs })
     }
 

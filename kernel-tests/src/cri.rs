@@ -36,6 +36,14 @@ pub struct Pod {
     config: wire::PodSandboxConfig,
 }
 
+impl Pod {
+    /// What the runtime calls it.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+}
+
 impl Cri {
     /// Connects to the runtime's socket.
     ///
@@ -132,8 +140,8 @@ impl Cri {
     ///
     /// # Errors
     /// What the runtime says.
-    pub fn remove_pod(&self, pod: Pod) -> Result<()> {
-        let id = wire::PodSandboxId { pod_sandbox_id: pod.id };
+    pub fn remove_pod(&self, pod: &str) -> Result<()> {
+        let id = wire::PodSandboxId { pod_sandbox_id: pod.to_owned() };
         self.runtime.block_on(self.pods().stop_pod_sandbox(id.clone())).context("stopping a pod")?;
         self.runtime.block_on(self.pods().remove_pod_sandbox(id)).context("removing a pod")?;
         Ok(())

@@ -6,13 +6,16 @@
 //! * [`debian_image`] makes images of Debian packages.
 //! * [`fixture`] and [`registry`] make a hard OCI image and serve it; [`machine`] and [`skimmer`] run our programs on it,
 //!   on the host and in guests alike.
-//! * [`containerd`] runs a real one on our snapshots; [`cri`] asks it what a kubelet would.
+//! * [`dragonfly`] runs a cluster of it in network namespaces.
+//! * [`containerd`] runs a real one on our snapshots and [`container_images`]; [`cri`] asks it what a kubelet would.
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod container_images;
 pub mod containerd;
 pub mod cri;
 pub mod debian_image;
+pub mod dragonfly;
 pub mod fixture;
 pub mod machine;
 pub mod registry;

@@ -51,6 +51,8 @@ pub struct GuestSpec {
     pub disks: Vec<GuestDisk>,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// A disk with a whole system, which takes over from the agent; what is written to it is lost with the guest.
+    pub system: Option<PathBuf>,
     /// Ports of the guest's loopback that lead to the same ports of ours.
     pub ports: Vec<u16>,
 }
@@ -86,6 +88,7 @@ impl GuestSpec {
             programs,
             disks: Vec::new(),
             memory_mib: 2048,
+            system: None,
             ports: Vec::new(),
         }
     }
@@ -103,6 +106,11 @@ impl GuestSpec {
         let initramfs = root.build(&kernel)?;
         let mut config = BootConfig::new(&kernel, &initramfs);
         config.memory_mib = self.memory_mib;
+        if let Some(system) = &self.system {
+            config.system = Some(system.clone());
+            // Its services start under emulation.
+            config.boot_timeout *= 4;
+        }
         for disk in &self.disks {
             config = config.disk(disk.name, &disk.path, disk.read_only);
         }

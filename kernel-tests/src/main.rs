@@ -2,10 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use kernel_tests::cri::Cri;
 use kernel_tests::{agent, skimmer, tree};
 
 /// The test guest's agent.
@@ -36,6 +37,13 @@ enum Action {
         /// Options of the file system, with commas between them
         options: String,
     },
+    /// Ask a container runtime as a kubelet would
+    Cri {
+        /// Its socket
+        socket: PathBuf,
+        #[command(subcommand)]
+        ask: CriAsk,
+    },
     /// Print what an HTTP server behind a unix socket answers
     Http {
         /// The socket
@@ -43,6 +51,56 @@ enum Action {
         /// The path of the request
         path: String,
     },
+}
+
+#[derive(Subcommand)]
+enum CriAsk {
+    /// Pull an image, start a pod and a container of it; prints the ids of both
+    Run {
+        /// The image
+        image: String,
+        /// What the container runs
+        command: Vec<String>,
+    },
+    /// Run a command in a container; prints its output
+    Exec {
+        /// The container's id
+        container: String,
+        /// The command
+        command: Vec<String>,
+    },
+    /// Remove a pod with its containers, then images
+    Remove {
+        /// The pod's id
+        pod: String,
+        /// The images
+        images: Vec<String>,
+    },
+}
+
+impl CriAsk {
+    fn run(self, socket: &Path) -> Result<()> {
+        let cri = Cri::connect(socket)?;
+        let mut out = std::io::stdout().lock();
+        match self {
+            Self::Run { image, command } => {
+                cri.pull(&image)?;
+                let pod = cri.pod("one")?;
+                let command: Vec<&str> = command.iter().map(String::as_str).collect();
+                let container = cri.container(&pod, "container", &image, &command)?;
+                writeln!(out, "{} {container}", pod.id())?;
+            }
+            Self::Exec { container, command } => {
+                let command: Vec<&str> = command.iter().map(String::as_str).collect();
+                out.write_all(&cri.exec(&container, &command)?)?;
+            }
+            Self::Remove { pod, images } => {
+                cri.remove_pod(&pod)?;
+                images.iter().try_for_each(|image| cri.remove_image(image))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn main() -> Result<()> {
@@ -65,6 +123,7 @@ fn main() -> Result<()> {
             rustix::mount::mount(&source, &target, "erofs", flags, options.as_c_str())?;
             Ok(())
         }
+        Action::Cri { socket, ask } => ask.run(&socket),
         Action::Http { socket, path } => {
             std::io::stdout().write_all(&skimmer::http_get(&socket, &path)?)?;
             Ok(())

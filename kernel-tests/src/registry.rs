@@ -125,6 +125,24 @@ impl Registry {
         }
     }
 
+    /// Bytes of all answers so far.
+    ///
+    /// # Errors
+    /// As [`Registry::requests`].
+    pub fn sent_bytes(&mut self) -> Result<u64> {
+        self.requests()?;
+        // "GET /path HTTP/1.1" 206 4194304 …
+        let sizes = self
+            .text()
+            .lines()
+            .filter_map(|line| {
+                let answer = line.split('"').nth(2).filter(|_| line.contains(" HTTP/"))?;
+                answer.split_whitespace().nth(1)?.parse::<u64>().ok()
+            })
+            .sum();
+        Ok(sizes)
+    }
+
     fn text(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
@@ -165,5 +183,6 @@ mod tests {
         assert_eq!(after.len(), before + 1);
         assert_eq!(after.last().unwrap(), "GET /v2/?some=thing HTTP/1.1");
         assert_eq!(registry.requests().unwrap().len(), before + 1);
+        assert!(registry.sent_bytes().unwrap() > 0);
     }
 }

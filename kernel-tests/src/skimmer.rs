@@ -51,6 +51,7 @@ pub struct Node<'a> {
     programs: String,
     agent: String,
     directory: String,
+    configuration: String,
     mounts: Vec<String>,
     plain_http: bool,
 }
@@ -70,15 +71,27 @@ impl<'a> Node<'a> {
         let configuration = format!(
             "root = {root:?}\nsocket = \"{directory}/skimmerd.sock\"\nkeeper_socket = \"{directory}/keeper.sock\"\n"
         );
-        machine.put(&format!("{directory}/skimmerd.toml"), 0o644, configuration.as_bytes())?;
-        Ok(Node {
+        let mut node = Node {
             machine,
+            configuration: String::new(),
             programs: programs.to_owned(),
             agent: agent.to_owned(),
             directory: directory.to_owned(),
             mounts: Vec::new(),
             plain_http: false,
-        })
+        };
+        node.configure(&configuration)?;
+        Ok(node)
+    }
+
+    /// Adds to the configuration of a daemon that does not run yet.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn configure(&mut self, more: &str) -> Result<()> {
+        self.configuration.push_str(more);
+        let path = format!("{}/skimmerd.toml", self.directory);
+        self.machine.put(&path, 0o644, self.configuration.as_bytes())
     }
 
     /// Registries that are not on the loopback are reached over plain HTTP from now on.

@@ -2,31 +2,24 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics")]
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use kernel_tests::container_images::{self, ContainerImages as Stage};
 use kernel_tests::containerd::{self, Containerd, Names, Version};
 use kernel_tests::cri::{Cri, Pod};
-use kernel_tests::debian_image::{self, PERL, TAG};
-use kernel_tests::fixture::{Compression, Layer, Layout, Meta, unpack};
-use kernel_tests::registry::Registry;
-use kernel_tests::scenario::{PACKAGES, publish};
+use kernel_tests::debian_image::PERL;
 use kernel_tests::skimmer::programs;
 use kernel_tests::skips::{no_precontent_events, not_root, skip};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use skimmer_client::Client;
 use skimmer_vm_images::{apt, run};
 
 /// Containers of one image at once.
 const MANY: usize = 50;
-/// Files of which every container compares some.
-const SAMPLES: usize = 60;
-
 #[test]
 fn containers_run_on_debian_s_containerd() {
     let test = "containers_run_on_debian_s_containerd";
@@ -54,7 +47,7 @@ fn an_image_whose_name_was_not_told_is_found() {
         let pod = cri.pod("one")?;
         let container = cri.container(&pod, "lazy", &stage.lazy, &["sleep", "1000000"])?;
         stage.check(0, 3, |command| Ok(String::from_utf8(cri.exec(&container, command)?)?))?;
-        all_away(stage, daemon, containerd, &cri, pod)
+        all_away(stage, daemon, containerd, &cri, &pod)
     });
 }
 
@@ -67,9 +60,8 @@ fn with(
     if let Some(why) = not_root().or_else(no_precontent_events).or_else(|| version.missing()) {
         return skip(test, &why);
     }
-    apt::ensure(&PACKAGES).unwrap();
+    apt::ensure(container_images::PACKAGES).unwrap();
     apt::ensure(&containerd::PACKAGES).unwrap();
-    apt::ensure(&["busybox-static", "skopeo"]).unwrap();
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     // A socket's path has at most 107 bytes.
     let sockets = tempfile::tempdir().unwrap();
@@ -90,96 +82,6 @@ fn with(
     if let Err(error) = play(&mut daemon) {
         panic!("{error:#}\n{}", daemon.log());
     }
-}
-
-/// Images in a registry, and what some files of them hold.
-struct Stage {
-    _registry: Registry,
-    plain: String,
-    lazy: String,
-    pause: String,
-    /// Path in the image to digest.
-    samples: Vec<(String, String)>,
-    stored: u64,
-}
-
-impl Stage {
-    fn set(scratch: &Path) -> Result<Self> {
-        let layout = debian_image::prepare(&PERL)?;
-        let registry = Registry::start(&scratch.join("registry"))?;
-        let (plain, lazy) = (registry.reference("perl:plain"), registry.reference("perl:lazy"));
-        let source = format!("oci:{}:{TAG}", layout.display());
-        push(&source, &plain)?;
-        let converted = scratch.join("converted");
-        publish(&source, &lazy, &converted)?;
-        let stored = fs::read_dir(converted.join("blobs/sha256"))?
-            .map(|entry| Ok(entry?.metadata()?.len()))
-            .sum::<Result<u64>>()?;
-        let pause = registry.reference("pause:1");
-        push(&format!("oci:{}:1", pause_image(scratch)?.display()), &pause)?;
-        let rootfs = unpack(&layout, TAG, &scratch.join("bundle"))?;
-        let samples = samples(&rootfs)?;
-        fs::remove_dir_all(scratch.join("bundle"))?;
-        Ok(Self { _registry: registry, plain, lazy, pause, samples, stored })
-    }
-
-    /// Whether a container sees the right bytes in every `step`th sample.
-    fn check(&self, first: usize, step: usize, exec: impl Fn(&[&str]) -> Result<String>) -> Result<()> {
-        let wanted: Vec<_> = self.samples.iter().skip(first).step_by(step).collect();
-        let mut command = vec!["sha256sum"];
-        command.extend(wanted.iter().map(|(path, _)| path.as_str()));
-        let said = exec(&command)?;
-        let seen: Vec<_> = said.lines().filter_map(|line| line.split_once("  ")).collect();
-        let wanted: Vec<_> = wanted.iter().map(|(path, digest)| (digest.as_str(), path.as_str())).collect();
-        ensure!(seen == wanted, "wrong bytes:\n{seen:#?}\ninstead of\n{wanted:#?}");
-        Ok(())
-    }
-}
-
-fn push(source: &str, reference: &str) -> Result<()> {
-    let to = format!("docker://{reference}");
-    run(Command::new("skopeo").args(["copy", "--quiet", "--dest-tls-verify=false", source, &to]))?;
-    Ok(())
-}
-
-/// The image of pods: a program that waits.
-fn pause_image(scratch: &Path) -> Result<PathBuf> {
-    let mut layer = Layer::default();
-    layer.directory(b"bin", &Meta::new(0o755))?;
-    layer.file(b"bin/busybox", &Meta::new(0o755), &fs::read("/bin/busybox")?)?;
-    let directory = scratch.join("pause");
-    Layout::create(&directory)?.image("1", &[(&layer.finish()?, Compression::Gzip)])?;
-    let command = ["--config.cmd", "/bin/busybox", "--config.cmd", "sleep", "--config.cmd", "1000000"];
-    let image = format!("{}:1", directory.display());
-    run(Command::new("umoci").args(["config", "--image", &image]).args(command))?;
-    Ok(directory)
-}
-
-/// Regular files all over the image, with their digests.
-fn samples(rootfs: &Path) -> Result<Vec<(String, String)>> {
-    let mut files = BTreeMap::new();
-    let mut left = vec![rootfs.to_owned()];
-    while let Some(directory) = left.pop() {
-        for entry in fs::read_dir(&directory)? {
-            let entry = entry?;
-            let (kind, path) = (entry.file_type()?, entry.path());
-            if kind.is_dir() {
-                left.push(path);
-            } else if kind.is_file()
-                && let Some(name) = path.strip_prefix(rootfs)?.to_str()
-                && !name.contains(['\\', '\n'])
-            {
-                files.insert(format!("/{name}"), path);
-            }
-        }
-    }
-    ensure!(files.len() > SAMPLES, "too few files");
-    let step = files.len() / SAMPLES;
-    files
-        .into_iter()
-        .step_by(step)
-        .map(|(name, path)| Ok((name, hex::encode(Sha256::digest(fs::read(path)?)))))
-        .collect()
 }
 
 /// `skimmerd`, which can be stopped and started.
@@ -386,12 +288,12 @@ fn run_all(version: Version, stage: &Stage, daemon: &mut Daemon, containerd: &Co
         }
     });
     ensure!(ctr(&["container", "ls", "-q"])?.lines().all(|id| !id.starts_with("many-")), "containers stay");
-    all_away(stage, daemon, containerd, &cri, pod)
+    all_away(stage, daemon, containerd, &cri, &pod)
 }
 
 /// Removes the pod and every image, and ends the daemon: nothing may be left.
-fn all_away(stage: &Stage, daemon: &mut Daemon, containerd: &Containerd, cri: &Cri, pod: Pod) -> Result<()> {
-    cri.remove_pod(pod)?;
+fn all_away(stage: &Stage, daemon: &mut Daemon, containerd: &Containerd, cri: &Cri, pod: &Pod) -> Result<()> {
+    cri.remove_pod(pod.id())?;
     for image in [&stage.lazy, &stage.plain, &stage.pause] {
         cri.remove_image(image)?;
     }

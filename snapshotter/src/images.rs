@@ -41,6 +41,15 @@ pub struct Login {
     pub password: String,
 }
 
+/// What came with a pull besides the name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pull {
+    /// The login for the image's registry.
+    pub login: Option<Login>,
+    /// Its W3C trace context.
+    pub traceparent: Option<String>,
+}
+
 impl std::fmt::Debug for Login {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Login").field("username", &self.username).finish_non_exhaustive()
@@ -51,7 +60,7 @@ impl std::fmt::Debug for Login {
 #[async_trait]
 pub trait Images: Send + Sync + 'static {
     /// Mounts an image on an existing directory; returns when it can be read.
-    async fn mount(&self, image: &ImageName, login: Option<Login>, target: PathBuf) -> Result<(), Error>;
+    async fn mount(&self, image: &ImageName, pull: Pull, target: PathBuf) -> Result<(), Error>;
 
     /// Takes the mount on `target` away; nothing there is a success.
     async fn umount(&self, target: PathBuf) -> Result<(), Error>;

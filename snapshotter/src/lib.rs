@@ -22,7 +22,7 @@ mod usage;
 
 pub use containerd::Containerd;
 pub use error::{Error, Kind};
-pub use images::{ImageName, Images, Login};
+pub use images::{ImageName, Images, Login, Pull};
 pub use service::serve;
 pub use snapshotter::Snapshotter;
 

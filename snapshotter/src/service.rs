@@ -69,9 +69,9 @@ impl Snapshots for Service {
         &self,
         request: Request<wire::PrepareSnapshotRequest>,
     ) -> Result<Response<wire::PrepareSnapshotResponse>, Status> {
-        let namespace = namespace(&request);
+        let from = from(&request);
         let wire::PrepareSnapshotRequest { key, parent, labels, .. } = request.into_inner();
-        let wanted = wanted(Kind::Active, namespace, key.clone(), parent, labels);
+        let wanted = wanted(Kind::Active, from, key.clone(), parent, labels);
         let mounts = self.whole("prepare", &key, |all| async move { all.create(wanted).await }).await?;
         Ok(Response::new(wire::PrepareSnapshotResponse { mounts }))
     }
@@ -80,9 +80,9 @@ impl Snapshots for Service {
         &self,
         request: Request<wire::ViewSnapshotRequest>,
     ) -> Result<Response<wire::ViewSnapshotResponse>, Status> {
-        let namespace = namespace(&request);
+        let from = from(&request);
         let wire::ViewSnapshotRequest { key, parent, labels, .. } = request.into_inner();
-        let wanted = wanted(Kind::View, namespace, key.clone(), parent, labels);
+        let wanted = wanted(Kind::View, from, key.clone(), parent, labels);
         let mounts = self.whole("view", &key, |all| async move { all.create(wanted).await }).await?;
         Ok(Response::new(wire::ViewSnapshotResponse { mounts }))
     }
@@ -166,20 +166,29 @@ impl Snapshots for Service {
     }
 }
 
+fn metadata<T>(request: &Request<T>, name: &str) -> Option<String> {
+    request.metadata().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+}
+
 fn namespace<T>(request: &Request<T>) -> String {
-    let value = request.metadata().get(NAMESPACE).and_then(|value| value.to_str().ok());
-    value.unwrap_or("default").to_owned()
+    metadata(request, NAMESPACE).unwrap_or_else(|| "default".to_owned())
+}
+
+/// The namespace and the trace context of a request.
+fn from<T>(request: &Request<T>) -> (String, Option<String>) {
+    (namespace(request), metadata(request, "traceparent"))
 }
 
 fn wanted(
     kind: Kind,
-    namespace: String,
+    (namespace, traceparent): (String, Option<String>),
     key: String,
     parent: String,
     labels: std::collections::HashMap<String, String>,
 ) -> Wanted {
     let labels: Labels = labels.into_iter().collect();
-    Wanted { kind, namespace, key, parent: Some(parent).filter(|parent| !parent.is_empty()), labels }
+    let parent = Some(parent).filter(|parent| !parent.is_empty());
+    Wanted { kind, namespace, key, parent, labels, traceparent }
 }
 
 fn info(snapshot: Snapshot) -> wire::Info {

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use crate::error::Kind as ErrorKind;
 use crate::filter::Filter;
-use crate::images::{ImageName, Images, Login};
+use crate::images::{ImageName, Images, Pull};
 use crate::labels::{self, Labels, Layer};
 use crate::snapshot::{Content, Kind, Snapshot};
 use crate::table::Table;
@@ -30,6 +30,8 @@ pub(crate) struct Wanted {
     pub(crate) key: String,
     pub(crate) parent: Option<String>,
     pub(crate) labels: Labels,
+    /// The W3C trace context of the request.
+    pub(crate) traceparent: Option<String>,
 }
 
 impl Snapshotter {
@@ -61,6 +63,7 @@ impl Snapshotter {
     /// committed at once; containerd learns that from [`ErrorKind::AlreadyExists`].
     pub(crate) async fn create(&self, mut wanted: Wanted) -> Result<Vec<api::Mount>, Error> {
         let login = labels::take_login(&mut wanted.labels);
+        let pull = Pull { login, traceparent: wanted.traceparent.take() };
         if wanted.kind == Kind::Active
             && let Some(name) = wanted.labels.get(labels::REF).cloned()
         {
@@ -71,7 +74,7 @@ impl Snapshotter {
                 Layer::Bootstrap(None) | Layer::Archive => None,
             };
             if let Some(content) = content {
-                self.turns.take(&name, self.commit_remote(&name, &wanted, content, login)).await?;
+                self.turns.take(&name, self.commit_remote(&name, &wanted, content, pull)).await?;
                 let message = format!("snapshot {name} is there: its data comes when it is read");
                 return Err(Error::new(ErrorKind::AlreadyExists, message));
             }
@@ -105,7 +108,7 @@ impl Snapshotter {
         name: &str,
         wanted: &Wanted,
         content: Content,
-        login: Option<Login>,
+        pull: Pull,
     ) -> Result<(), Error> {
         let (key, parent) = (name.to_owned(), wanted.parent.clone());
         let planned = content.clone();
@@ -117,7 +120,7 @@ impl Snapshotter {
             .await?;
         let Some((id, dir)) = made else { return Ok(()) };
         let mounted = match &content {
-            Content::Image { name } => self.images.mount(name, login, Snapshot::image(&dir)).await,
+            Content::Image { name } => self.images.mount(name, pull, Snapshot::image(&dir)).await,
             Content::Blob { .. } | Content::Files => Ok(()),
         };
         let is_image = matches!(content, Content::Image { .. });
@@ -176,7 +179,7 @@ impl Snapshotter {
             _ => {}
         }
         tracing::info!(image = %name.reference, snapshot = key, "mounting for a container");
-        self.images.mount(&name, None, target.clone()).await?;
+        self.images.mount(&name, Pull::default(), target.clone()).await?;
         if snapshot.content == Content::Files {
             let content = Content::Image { name };
             let put = self.on_table(move |table| table.put(Snapshot { content, ..snapshot })).await;
@@ -243,6 +246,23 @@ impl Snapshotter {
                 Ok(())
             })
             .await
+    }
+
+    /// The containers' snapshots (and views) that stand on images, by name.
+    ///
+    /// # Errors
+    /// When a snapshot that one stands on is missing.
+    pub async fn standing_on_images(&self) -> Result<Vec<String>, Error> {
+        self.on_table(|table| {
+            let mut keys = Vec::new();
+            for snapshot in table.all().filter(|snapshot| snapshot.kind != Kind::Committed) {
+                if table.chain(&snapshot.key)?.into_iter().any(needs_image) {
+                    keys.push(snapshot.key.clone());
+                }
+            }
+            Ok(keys)
+        })
+        .await
     }
 
     /// What is recorded of a snapshot.

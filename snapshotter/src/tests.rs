@@ -15,7 +15,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::api::snapshots as wire;
 use crate::api::snapshots::snapshots_client::SnapshotsClient;
-use crate::{Containerd, Error, ImageName, Images, Kind, Login, Snapshotter, serve};
+use crate::{Containerd, Error, ImageName, Images, Kind, Pull, Snapshotter, serve};
 
 const REF: &str = "containerd.io/snapshot.ref";
 const BLOB: &str = "containerd.io/snapshot/nydus-blob";
@@ -31,12 +31,12 @@ struct Noted {
 
 #[async_trait]
 impl Images for Noted {
-    async fn mount(&self, image: &ImageName, login: Option<Login>, target: PathBuf) -> Result<(), Error> {
+    async fn mount(&self, image: &ImageName, pull: Pull, target: PathBuf) -> Result<(), Error> {
         assert!(target.is_dir(), "{}", target.display());
         if image.reference.contains("broken") {
             return Err(Error::new(Kind::Unavailable, "blob sha256:ab is not at the registry"));
         }
-        let noted = (image.reference.clone(), login.map(|login| login.password));
+        let noted = (image.reference.clone(), pull.login.map(|login| login.password));
         assert!(self.mounted.lock().unwrap().insert(target, noted).is_none(), "mounted twice");
         Ok(())
     }
@@ -61,6 +61,7 @@ impl Images for Noted {
 struct Service {
     dir: TempDir,
     images: Arc<Noted>,
+    snapshotter: Arc<Snapshotter>,
     client: SnapshotsClient<Channel>,
     stop: oneshot::Sender<()>,
     served: tokio::task::JoinHandle<Result<(), Error>>,
@@ -79,15 +80,15 @@ impl Service {
         let stopped = async move {
             let _ = stopped.await;
         };
-        let served = tokio::spawn(serve(listener, snapshotter, stopped));
+        let served = tokio::spawn(serve(listener, Arc::clone(&snapshotter), stopped));
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
         let client = SnapshotsClient::new(endpoint.connect().await.unwrap());
-        Self { dir, images, client, stop, served }
+        Self { dir, images, snapshotter, client, stop, served }
     }
 
     async fn restart(self) -> Self {
-        let Self { dir, images, client, stop, served } = self;
-        drop(client);
+        let Self { dir, images, snapshotter, client, stop, served } = self;
+        drop((client, snapshotter));
         stop.send(()).unwrap();
         served.await.unwrap().unwrap();
         Self::start(dir, images).await
@@ -203,6 +204,7 @@ async fn a_lazy_image_needs_no_layer() {
 
     let container = service.prepare("container", "sha256:top", &[]).await.unwrap().remove(0);
     assert!(container.options.contains(&format!("lowerdir={}", place.display())), "{container:?}");
+    assert_eq!(service.snapshotter.standing_on_images().await.unwrap(), ["container"]);
     // After a reboot nothing is mounted.
     service.images.mounted.lock().unwrap().clear();
     let mut service = service.restart().await;

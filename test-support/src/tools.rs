@@ -1,4 +1,5 @@
-//! Programs of the Go registry that the tests run as real counterparts. `cargo xtask test` installs them.
+//! Programs of the Go and Rust registries that the tests run as real counterparts. `cargo xtask test` installs most of
+//! them, `cargo xtask dragonfly` those that take long to build.
 
 use std::path::{Path, PathBuf};
 
@@ -22,11 +23,37 @@ pub const CTR: GoTool = containerd("github.com/containerd/containerd/v2/cmd/ctr"
 /// The shim.
 pub const SHIM: GoTool = containerd("github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2");
 
-/// All of them.
+/// Dragonfly's scheduler.
+pub const SCHEDULER: GoTool = GoTool { package: "d7y.io/dragonfly/v2/cmd/scheduler", version: "v2.5.1" };
+
+/// Those that every run of the tests wants.
 pub const ALL: [GoTool; 4] = [VERSITYGW, CONTAINERD, CTR, SHIM];
 
 const fn containerd(package: &'static str) -> GoTool {
     GoTool { package, version: "v2.4.2" }
+}
+
+/// A program of a crate of the Rust registry.
+#[derive(Clone, Copy, Debug)]
+pub struct CargoTool {
+    /// The crate.
+    pub package: &'static str,
+    /// Its version.
+    pub version: &'static str,
+    /// The program.
+    pub name: &'static str,
+}
+
+/// Dragonfly's daemon of a node.
+pub const DFDAEMON: CargoTool =
+    CargoTool { package: "dragonfly-client", version: "1.5.10", name: "dfdaemon" };
+
+impl CargoTool {
+    /// Where it is kept, as [`GoTool::path`].
+    #[must_use]
+    pub fn path(&self) -> Option<PathBuf> {
+        path(self.name, self.version)
+    }
 }
 
 impl GoTool {
@@ -39,13 +66,7 @@ impl GoTool {
     /// Where it is kept: `$XDG_CACHE_HOME/skimmer/tools/NAME@VERSION/NAME`. `None` when there is no such place.
     #[must_use]
     pub fn path(&self) -> Option<PathBuf> {
-        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let base = match (variable("XDG_CACHE_HOME"), variable("HOME")) {
-            (Some(cache), _) => PathBuf::from(cache),
-            (None, Some(home)) => Path::new(&home).join(".cache"),
-            (None, None) => return None,
-        };
-        Some(base.join(format!("skimmer/tools/{}@{}", self.name(), self.version)).join(self.name()))
+        path(self.name(), self.version)
     }
 
     /// The program, if it is installed; else the running test counts as skipped.
@@ -58,4 +79,14 @@ impl GoTool {
         }
         path
     }
+}
+
+fn path(name: &str, version: &str) -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let base = match (variable("XDG_CACHE_HOME"), variable("HOME")) {
+        (Some(cache), _) => PathBuf::from(cache),
+        (None, Some(home)) => Path::new(&home).join(".cache"),
+        (None, None) => return None,
+    };
+    Some(base.join(format!("skimmer/tools/{name}@{version}")).join(name))
 }

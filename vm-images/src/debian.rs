@@ -1,14 +1,21 @@
 //! Trees made of Debian packages, for images and for programs in guests, and sources of Debian packages.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 
 use crate::apt::{self, Archive};
-use crate::cache::{Entry, Key};
+use crate::cache::{self, Entry, Key};
+use crate::disk;
 use crate::process::run;
+
+/// Of a system's disk; what is not written takes no room.
+const SYSTEM_BYTES: u64 = 4 << 30;
+/// How many systems stay in the cache.
+const SYSTEMS_KEPT: usize = 2;
 
 /// The packages that `names` need on an empty system, `name=version`, without those in `without`.
 ///
@@ -80,6 +87,53 @@ pub fn root(names: &[&str]) -> Result<PathBuf> {
         Ok(())
     })?;
     Ok(entry.join("root"))
+}
+
+/// The files of one package without what it needs, for a program that this system's libraries are enough for; from the
+/// cache when they are there.
+///
+/// # Errors
+/// It cannot be fetched or unpacked.
+pub fn alone(package: &str) -> Result<PathBuf> {
+    let all = resolve(&[package], &[])?;
+    let wanted = all.into_iter().find(|found| found.split('=').next() == Some(package));
+    let wanted = wanted.with_context(|| format!("apt does not list {package} among what {package} needs"))?;
+    let mut key = Key::new("debian package");
+    key.add(wanted.as_bytes());
+    let entry = Entry::new("packages", &key.finish())?
+        .get_or_make(|aside| unpack(std::slice::from_ref(&wanted), &aside.join("root")))?;
+    Ok(entry.join("root"))
+}
+
+/// An ext4 image of a Debian system with `names` and what they need, installed as Debian does it; from the cache when
+/// it is there.
+///
+/// # Errors
+/// We are not root, or debootstrap fails.
+pub fn system(names: &[&str]) -> Result<PathBuf> {
+    const SUITE: &str = "bookworm";
+    apt::ensure(&["debootstrap"])?;
+    let mut key = Key::new("debian system");
+    for part in resolve(names, &[])?.iter().map(String::as_str).chain([SUITE, &SYSTEM_BYTES.to_string()]) {
+        key.add(part.as_bytes());
+    }
+    let entry = Entry::new("systems", &key.finish())?.get_or_make(|aside| {
+        eprintln!("installing a Debian system with {} (once, about a minute)", names.join(", "));
+        let root = aside.join("root");
+        run(Command::new("debootstrap")
+            .args(["--variant=minbase", &format!("--include={}", names.join(",")), SUITE])
+            .arg(&root)
+            .arg("http://deb.debian.org/debian"))?;
+        for waste in ["var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"] {
+            fs::remove_dir_all(root.join(waste))?;
+        }
+        disk::system(&aside.join("disk"), &root, SYSTEM_BYTES)?;
+        fs::remove_dir_all(&root)?;
+        Ok(())
+    })?;
+    File::open(&entry)?.set_modified(SystemTime::now())?;
+    cache::prune("systems", SYSTEMS_KEPT)?;
+    Ok(entry.join("disk"))
 }
 
 /// The unpacked source of a Debian package, without Debian's patches; from the cache when it is there.

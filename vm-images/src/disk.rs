@@ -31,6 +31,15 @@ pub fn from_directory(image: &Path, directory: &Path) -> Result<()> {
     .with_context(|| format!("cannot pack {} into a disk image", directory.display()))
 }
 
+/// Makes an ext4 image of `size` bytes that holds the content of `directory` and is to be written: with a journal.
+///
+/// # Errors
+/// As [`from_directory`], and when `size` is too small.
+pub fn system(image: &Path, directory: &Path, size: u64) -> Result<()> {
+    make(image, size, |command| command.arg("-d").arg(directory))
+        .with_context(|| format!("cannot pack {} into a disk image", directory.display()))
+}
+
 fn make(image: &Path, size: u64, options: impl FnOnce(&mut Command) -> &mut Command) -> Result<()> {
     let size = size.next_multiple_of(1 << 20);
     let file =

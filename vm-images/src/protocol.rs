@@ -7,6 +7,10 @@ use serde::{Deserialize, Serialize};
 
 /// The name of the virtio port that the agent serves.
 pub const PORT: &str = "skimmer.agent";
+/// On the kernel's command line, before the name of the disk whose file system becomes the root.
+pub const SYSTEM: &str = "skimmer.system=";
+/// That disk's name.
+pub const SYSTEM_DISK: &str = "system";
 /// The longest line that either side takes, in bytes.
 pub const MAX_LINE: u64 = 256 << 20;
 /// The most output that a command hands back per stream, in bytes; what goes beyond is an error.

@@ -124,7 +124,16 @@ fn arguments(
     add("-kernel", config.kernel.vmlinuz.clone().into());
     add("-initrd", config.initramfs.clone().into());
     // An oops ends the guest at once, so a test fails with its text rather than hanging.
-    add("-append", "console=ttyS0 quiet panic=-1 oops=panic".into());
+    let mut append = OsString::from("console=ttyS0 quiet panic=-1 oops=panic");
+    if let Some(system) = &config.system {
+        // Network cards keep the names that the agent's first part gave addresses.
+        append.push(format!(" net.ifnames=0 {}{}", protocol::SYSTEM, protocol::SYSTEM_DISK));
+        let mut drive = option("if=none,id=system,format=raw,file=", system)?;
+        drive.push(",snapshot=on");
+        add("-drive", drive);
+        add("-device", format!("virtio-blk-pci,drive=system,serial={}", protocol::SYSTEM_DISK).into());
+    }
+    add("-append", append);
     add("-chardev", option("file,id=console,path=", console)?);
     add("-serial", "chardev:console".into());
     add("-device", "virtio-serial-pci".into());

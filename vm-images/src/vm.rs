@@ -40,6 +40,9 @@ pub struct BootConfig {
     pub initramfs: PathBuf,
     /// Disks, in order.
     pub disks: Vec<Disk>,
+    /// A raw image whose file system becomes the root, and whose `/sbin/init` the first process. What is written to it
+    /// is lost with the guest.
+    pub system: Option<PathBuf>,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Virtual processors.
@@ -58,6 +61,7 @@ impl BootConfig {
             kernel: kernel.clone(),
             initramfs: initramfs.to_owned(),
             disks: Vec::new(),
+            system: None,
             memory_mib: 2048,
             cpus: 2,
             network: true,

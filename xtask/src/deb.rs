@@ -21,21 +21,25 @@ pub(crate) struct Options {
     /// Debian revision, behind the version.
     #[arg(long, default_value = "1")]
     revision: String,
-    /// Pack the programs of the dev profile (the tests do).
-    #[arg(long)]
-    dev: bool,
+    /// Pack the programs of this directory instead of building them.
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let programs = ["--package", "skimmer-cli", "--package", "skimmer-daemon", "--package", "skimmer-keeper"];
-    let mut build = run::cargo(&["build", "--quiet", "--bins"]);
-    build.args(programs).args((!options.dev).then_some("--release"));
-    run::check(&mut build)?;
-    let profile = if options.dev { "debug" } else { "release" };
+    let programs = match &options.programs {
+        Some(programs) => programs.clone(),
+        None => {
+            let packages =
+                ["--package", "skimmer-cli", "--package", "skimmer-daemon", "--package", "skimmer-keeper"];
+            run::check(run::cargo(&["build", "--quiet", "--release", "--bins"]).args(packages))?;
+            run::target_dir().join("release")
+        }
+    };
     let out = options.out.clone().unwrap_or_else(|| run::target_dir().join("debian"));
     fs::create_dir_all(&out)?;
     let stage = tempfile::tempdir_in(&out)?;
-    let package = pack(stage.path(), &run::target_dir().join(profile), &out, &options.revision)?;
+    let package = pack(stage.path(), &programs, &out, &options.revision)?;
     println!("{}", package.display());
     Ok(())
 }

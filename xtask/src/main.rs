@@ -18,6 +18,8 @@ use clap::Parser;
 enum Command {
     /// Run every check and test: format, lints, unit, property, simulator, real kernels on the host and in QEMU.
     Test(test::Options),
+    /// Build Dragonfly's programs for the tests, once: most of an hour.
+    Dragonfly,
     /// Write the parts of docs/ that the programs know best.
     Docs(docs::Options),
     /// Make the Debian package.
@@ -33,6 +35,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::Test(options) => test::run(&options),
+        Command::Dragonfly => tools::dragonfly(),
         Command::Docs(options) => docs::run(&options),
         Command::Deb(options) => deb::run(&options),
         Command::Bench(options) => bench::run(&options),

@@ -1,10 +1,11 @@
-//! Programs of the Go registry for the tests, installed once into the user's cache directory.
+//! Programs of the Go and Rust registries for the tests, installed once into the user's cache directory.
 
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use skimmer_test_support::tools::{ALL, GoTool};
+use skimmer_test_support::tools::{ALL, CargoTool, DFDAEMON, GoTool, SCHEDULER};
+use skimmer_vm_images::apt;
 
 use crate::run;
 
@@ -18,6 +19,42 @@ pub(crate) fn ensure() -> Result<()> {
             install(&tool, &path)?;
         }
     }
+    Ok(())
+}
+
+/// What dfdaemon is built with, besides Rust.
+const DFDAEMON_NEEDS: &[&str] =
+    &["clang", "cmake", "libclang-dev", "libprotobuf-dev", "make", "pkg-config", "protobuf-compiler"];
+
+/// Builds Dragonfly's programs where they are missing: most of an hour on two processors.
+pub(crate) fn dragonfly() -> Result<()> {
+    let no_place = "neither XDG_CACHE_HOME nor HOME is set: no place for the tests' programs";
+    let (scheduler, dfdaemon) = (SCHEDULER.path().context(no_place)?, DFDAEMON.path().context(no_place)?);
+    if !scheduler.is_file() {
+        install(&SCHEDULER, &scheduler)?;
+    }
+    if !dfdaemon.is_file() {
+        apt::ensure(DFDAEMON_NEEDS)?;
+        build(&DFDAEMON, &dfdaemon)?;
+    }
+    Ok(())
+}
+
+fn build(tool: &CargoTool, path: &Path) -> Result<()> {
+    eprintln!("building {} {} (most of an hour)", tool.package, tool.version);
+    let dir = path.parent().context("a program lies in a directory")?;
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let partial = tempfile::tempdir_in(dir)?;
+    let mut command = run::cargo(&["install", tool.package, "--version", tool.version, "--locked"]);
+    command.args(["--bin", tool.name, "--root"]).arg(partial.path());
+    // It is to be right, not fast.
+    command
+        .env("CARGO_TARGET_DIR", partial.path().join("target"))
+        .env("CARGO_PROFILE_RELEASE_LTO", "off")
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
+        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
+    run::check(&mut command)?;
+    std::fs::rename(partial.path().join("bin").join(tool.name), path)?;
     Ok(())
 }
 
@@ -35,7 +72,10 @@ fn install(tool: &GoTool, path: &Path) -> Result<()> {
     // Into a directory of its own first: a broken installation is not taken for a whole one.
     let partial = tempfile::tempdir_in(dir)?;
     let mut command = Command::new(go);
-    command.args(["install", &format!("{}@{}", tool.package, tool.version)]).env("GOBIN", partial.path());
+    command
+        .args(["install", &format!("{}@{}", tool.package, tool.version)])
+        .env("GOBIN", partial.path())
+        .env("CGO_ENABLED", "0");
     run::check(&mut command)?;
     std::fs::rename(partial.path().join(tool.name()), path)?;
     Ok(())

@@ -136,6 +136,18 @@ fn unpack(snapshotter: &str) -> Table {
     table
 }
 
+/// Whether a file of containerd's has all that it needs, apart from what it uses by default.
+pub(crate) fn is_wired(file: &Path, config: &Config) -> Result<bool> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let mut document: DocumentMut = text.parse().with_context(|| file.display().to_string())?;
+    let Some(version) = document.get("version").and_then(Item::as_integer).filter(|version| *version >= 2)
+    else {
+        return Ok(false);
+    };
+    apply(&mut document, version, config, false)?;
+    Ok(document.to_string() == text)
+}
+
 /// The table of that path, made where it is missing.
 fn table<'d>(document: &'d mut DocumentMut, path: &[&str]) -> Result<&'d mut Table> {
     let mut table = document.as_table_mut();

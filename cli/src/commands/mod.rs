@@ -14,4 +14,5 @@ pub(crate) mod prefetch;
 pub(crate) mod prepare;
 pub(crate) mod record;
 pub(crate) mod status;
+pub(crate) mod top;
 pub(crate) mod umount;

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
-use tokio::net::UnixListener;
+use skimmer_snapshotter::Snapshotter;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
 use crate::mounts::Mounts;
@@ -23,9 +24,16 @@ pub struct Api {
     pub mounts: Arc<Mounts>,
     /// What `/metrics` shows.
     pub registry: Arc<Registry>,
+    /// The snapshots that containerd has, when they are served.
+    pub snapshotter: Option<Arc<Snapshotter>>,
+    /// Says why the daemon could not start again with its configuration as it is now.
+    pub check: Check,
     /// Set to end the daemon.
     pub stop: watch::Sender<Option<Stop>>,
 }
+
+/// Asks whether the daemon would start.
+pub type Check = fn() -> Result<(), String>;
 
 /// How the daemon shall end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +42,8 @@ pub enum Stop {
     Daemon,
     /// Nothing is left: the keeper goes too.
     Everything,
+    /// Mounts and keeper stay, and the program as it is now on disk takes this one's place.
+    Again,
 }
 
 /// Why the control socket cannot be opened.
@@ -88,6 +98,18 @@ pub fn listen(path: &Path) -> Result<UnixListener, SocketError> {
         return Err(failed(error));
     }
     UnixListener::from_std(listener).map_err(failed)
+}
+
+/// Serves the metrics alone, by TCP, until `stop` is set.
+///
+/// # Errors
+/// When accepting fails for good.
+pub async fn serve_metrics(listener: TcpListener, api: Api) -> io::Result<()> {
+    let mut stop = api.stop.subscribe();
+    let stopped = async move {
+        let _ = stop.wait_for(Option::is_some).await;
+    };
+    axum::serve(listener, routes::metrics_alone(api)).with_graceful_shutdown(stopped).await
 }
 
 /// Serves until `stop` is set, then finishes the requests that have begun.

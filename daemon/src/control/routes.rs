@@ -2,7 +2,7 @@
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Query, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use skimmer_client::{
@@ -15,6 +15,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::{Api, Stop};
+use crate::exposition::Format;
 use crate::mounts::{Failure, Kind};
 
 /// Largest request body taken, bytes.
@@ -40,6 +41,7 @@ fn described() -> (Router<Api>, utoipa::openapi::OpenApi) {
         .routes(routes!(prefetch))
         .routes(routes!(recording))
         .routes(routes!(shutdown))
+        .routes(routes!(reload))
         .routes(routes!(metrics))
         .split_for_parts()
 }
@@ -52,6 +54,11 @@ pub fn document() -> String {
 /// All routes.
 pub fn router(api: Api) -> Router {
     described().0.fallback(unknown).layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT)).with_state(api)
+}
+
+/// `/metrics` and nothing else.
+pub(super) fn metrics_alone(api: Api) -> Router {
+    Router::new().route("/metrics", axum::routing::get(metrics)).fallback(unknown).with_state(api)
 }
 
 /// A failure on its way out as JSON.
@@ -242,6 +249,16 @@ async fn shutdown(
 ) -> Result<Json<ShutdownReport>, Refusal> {
     let Json(request) = body?;
     let report = tokio::spawn(async move {
+        if request.umount
+            && let Some(snapshotter) = &api.snapshotter
+        {
+            let internal =
+                |error: skimmer_snapshotter::Error| Failure::new(Kind::Internal, error.to_string());
+            // Their overlays would keep the images' superblocks, and nobody would serve those.
+            if let Some(refusal) = stood_on(&snapshotter.standing_on_images().await.map_err(internal)?) {
+                return Err(refusal);
+            }
+        }
         let report = api.mounts.take_down(request.umount).await?;
         api.stop.send_replace(Some(if report.keeper_stopped { Stop::Everything } else { Stop::Daemon }));
         Ok::<_, Failure>(report)
@@ -249,19 +266,40 @@ async fn shutdown(
     Ok(Json(report.await.map_err(Failure::from)??))
 }
 
+/// Why not everything can be unmounted, when containers have snapshots that stand on images.
+fn stood_on(keys: &[String]) -> Option<Failure> {
+    let first = keys.first()?;
+    let more = keys.len() - 1;
+    let others = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let failure =
+        Failure::new(Kind::Conflict, format!("containers stand on images: snapshot {first}{others}"));
+    Some(failure.remedy("remove those containers first, stopped ones too"))
+}
+
+/// Starts the daemon's program anew in the same process: with the configuration, and the version, that lie on disk now.
+/// Mounts and keeper stay; requests wait at the sockets of a service manager meanwhile.
+#[utoipa::path(
+    post,
+    path = "/v1/reload",
+    responses((status = 204, description = "It begins."), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
+async fn reload(State(api): State<Api>) -> Result<StatusCode, Refusal> {
+    let checked = tokio::task::spawn_blocking(api.check).await.map_err(Failure::from)?;
+    checked.map_err(|why| Failure::new(Kind::BadRequest, why).remedy("the daemon goes on as before"))?;
+    api.stop.send_replace(Some(Stop::Again));
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// The metrics.
 #[utoipa::path(
     get,
     path = "/metrics",
-    responses((status = 200, description = "Prometheus' text format, prefix `skimmer_`, base units.", body = String, content_type = "application/openmetrics-text"), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+    responses((status = 200, description = "Prometheus' text format, prefix `skimmer_`, base units; OpenMetrics when it is asked for.", body = String, content_type = "text/plain"), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
 )]
-async fn metrics(State(api): State<Api>) -> Response {
-    let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, &api.registry) {
-        Ok(()) => {
-            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-            ([(header::CONTENT_TYPE, kind)], text).into_response()
-        }
+async fn metrics(State(api): State<Api>, headers: HeaderMap) -> Response {
+    let format = Format::accepted(headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()));
+    match format.encode(&api.registry) {
+        Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], text).into_response(),
         Err(error) => Refusal(Failure::new(Kind::Internal, error.to_string())).into_response(),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::Follower;
 use crate::blob::BlobId;
 use crate::frontend::Mode;
 
@@ -17,6 +18,8 @@ pub struct DriverConfig {
     pub park_limit: Duration,
     /// Writes under way at once; also the size of the submission queue. A power of two.
     pub ring_entries: u32,
+    /// Who is told of each request, if anybody.
+    pub follower: Option<Follower>,
 }
 
 impl Default for DriverConfig {
@@ -26,6 +29,7 @@ impl Default for DriverConfig {
             engine: skimmer_engine::Config::default(),
             park_limit: Duration::from_secs(60),
             ring_entries: 256,
+            follower: None,
         }
     }
 }

@@ -10,6 +10,7 @@ use skimmer_fetcher::chunk::Verified;
 use skimmer_fetcher::source::Urgency;
 
 use super::objects::FileKey;
+use super::served::Stages;
 use super::{Driver, write_failure};
 use crate::arena::{Run, Slab};
 use crate::blob::{BlobChunk, BlobId};
@@ -30,10 +31,11 @@ pub(super) fn runs<'c>(chunks: impl IntoIterator<Item = &'c BlobChunk>) -> Vec<R
 
 /// A flight that has its buffers.
 pub(super) struct Flight {
-    object: ObjectId,
-    chunks: Range<u32>,
+    pub(super) object: ObjectId,
+    pub(super) chunks: Range<u32>,
     demand: bool,
     since: Instant,
+    pub(super) stages: Stages,
     /// Verified chunks that are not being written yet, by the engine's number.
     verified: BTreeMap<u32, Verified<Slab>>,
 }
@@ -52,6 +54,7 @@ pub(super) struct Planned {
 /// A write that has not completed.
 pub(super) struct UnderWay {
     object: ObjectId,
+    flight: FlightId,
     since: Instant,
 }
 
@@ -67,7 +70,18 @@ impl Driver {
         (attempt, demand): (u32, bool),
     ) {
         let since = Instant::now();
-        let known = Flight { object, chunks: chunks.clone(), demand, since, verified: BTreeMap::new() };
+        let stages = Stages {
+            planned: since,
+            started: None,
+            first: None,
+            verified: None,
+            writing: None,
+            written: None,
+            attempt,
+            stored: 0..0,
+        };
+        let known =
+            Flight { object, chunks: chunks.clone(), demand, since, stages, verified: BTreeMap::new() };
         self.flights.insert(flight, known);
         if let Some(object) = self.objects.get_mut(object) {
             object.flights += 1;
@@ -118,6 +132,7 @@ impl Driver {
             let (flight, shares) = (*flight, *attempt == 1);
             let order = Order { flight, blob, source, urgency, shares, until, chunks: buffers };
             self.fetches.start(order);
+            self.stage_of(flight, |stages, now| stages.started = Some(now));
         }
     }
 
@@ -149,6 +164,10 @@ impl Driver {
                     // Without an entry the flight is over for the engine: the bytes are not wanted any more.
                     if let Some(known) = self.flights.get_mut(&flight) {
                         known.verified.insert(position, buffer);
+                        self.stage_of(flight, |stages, now| {
+                            stages.first.get_or_insert(now);
+                            stages.verified = Some(now);
+                        });
                         self.input(Input::ChunkVerified { flight, chunk: position });
                     }
                 }
@@ -187,7 +206,8 @@ impl Driver {
 
     /// Writes verified chunks that lie side by side with one operation.
     pub(super) fn write(&mut self, write: WriteId, flight: FlightId, object: ObjectId, chunks: Range<u32>) {
-        self.writes.insert(write, UnderWay { object, since: Instant::now() });
+        self.writes.insert(write, UnderWay { object, flight, since: Instant::now() });
+        self.stage_of(flight, |stages, now| stages.writing = Some(now));
         match self.run_of(flight, object, &chunks) {
             Ok((run, offset, file)) => {
                 if let Some(object) = self.objects.get_mut(object) {
@@ -230,11 +250,12 @@ impl Driver {
     }
 
     pub(super) fn written(&mut self, write: WriteId, len: usize, result: io::Result<()>) {
-        let Some(UnderWay { object, since }) = self.writes.remove(&write) else {
+        let Some(UnderWay { object, flight, since }) = self.writes.remove(&write) else {
             tracing::error!(write = write.0, "a write ended that was not begun");
             return;
         };
         self.metrics.stage(Stage::write, since.elapsed());
+        self.stage_of(flight, |stages, now| stages.written = Some(now));
         if let Some(object) = self.objects.get_mut(object) {
             object.writes -= 1;
             let mode = object.key.mode().into();

@@ -206,6 +206,7 @@ impl Driver {
             Ok(()) => ReadResult::miss,
         };
         self.metrics.read_done(mode, outcome, took);
+        self.tell_served(object, (mode, offset..offset.saturating_add(len)), since, outcome);
         self.read_ended(object);
         let blob = self.objects.get(object).map(|object| object.blob);
         if let Some(blob) = blob {

@@ -10,6 +10,7 @@ mod handle;
 mod kernel;
 mod objects;
 mod recording;
+mod served;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -24,6 +25,7 @@ pub use config::{BlobStatus, DriverConfig, FileStatus, ReadySink, Status};
 pub use error::DriverError;
 pub use handle::Handle;
 pub use recording::{Recorded, RecordedFetch, RecordedRead};
+pub use served::{Follower, Served, Stages};
 
 use self::commands::Waiting;
 use self::device::DeviceCare;

@@ -513,6 +513,7 @@ impl Mounts {
             bootstrap: opened.image.bootstrap.clone(),
             blobs: opened.specs.iter().map(|spec| spec.id.hex()).collect(),
             fault: None,
+            traceparent: request.traceparent.clone(),
             mounted_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         }
     }

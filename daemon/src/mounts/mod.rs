@@ -24,7 +24,7 @@ mod restore;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use skimmer_client::{AttachMode, BlobReport, KeeperReport, ModeReport, Mount, MountRequest, StatusReport};
 use skimmer_fetcher::http::Pool;
@@ -32,6 +32,7 @@ use tokio::sync::{Mutex, Semaphore};
 
 use crate::blob::{BlobId, BlobSpec};
 use crate::driver::Handle;
+use crate::follow::Owner;
 use crate::frontend::Mode;
 use crate::store::Store;
 use crate::store::journal::{Journal, Notice};
@@ -85,6 +86,7 @@ pub struct Mounts {
     keeper: Result<KeeperState, String>,
     boot: String,
     started: Instant,
+    started_at_ms: u64,
     secrets: StdMutex<Secrets>,
     /// Held through every change, never while an image's source is waited for.
     state: Mutex<State>,
@@ -199,6 +201,12 @@ impl Attachment {
     }
 }
 
+/// Milliseconds since 1970.
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Mounts {
     /// The state of a daemon that has no mounts yet; [`Self::restore`] brings back those of an earlier one.
     pub fn new(parts: Parts) -> Arc<Self> {
@@ -211,6 +219,7 @@ impl Mounts {
             keeper: parts.keeper,
             boot: boot.trim().to_owned(),
             started: Instant::now(),
+            started_at_ms: now_ms(),
             secrets: StdMutex::new(parts.secrets),
             state: Mutex::default(),
             pool: Pool::default(),
@@ -231,6 +240,44 @@ impl Mounts {
         let mut mounts: Vec<Mount> = view.iter().flat_map(|attachment| attachment.mounts.clone()).collect();
         mounts.sort_by(|a, b| a.target.cmp(&b.target));
         mounts
+    }
+
+    /// Bytes of blobs that came, by what sent them.
+    pub fn traffic(&self) -> [(&'static str, u64); 3] {
+        self.pool.traffic().bytes()
+    }
+
+    /// The mounted and prepared images that have a blob.
+    pub fn images_of(&self, blob: BlobId) -> Vec<Owner> {
+        let id = blob.hex();
+        let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut owners: Vec<Owner> = Vec::new();
+        for record in view.iter() {
+            let mounts =
+                record.mounts.iter().map(|mount| (&mount.image, &mount.blobs, mount.traceparent.clone()));
+            let prepared = record.prepared.iter().map(|prepared| (&prepared.image, &prepared.blobs, None));
+            for (image, blobs, traceparent) in mounts.chain(prepared) {
+                if blobs.contains(&id) && owners.iter().all(|owner| owner.image != *image) {
+                    let (image, bootstrap) = (image.clone(), record.bootstrap.clone());
+                    owners.push(Owner { image, bootstrap, traceparent });
+                }
+            }
+        }
+        owners
+    }
+
+    /// The bootstrap of a mounted image, and its blobs.
+    ///
+    /// # Errors
+    /// It is not mounted any more, or cannot be read.
+    pub async fn content_of(&self, bootstrap: &str) -> Result<(Vec<u8>, Vec<BlobSpec>), Failure> {
+        let specs = {
+            let state = self.state.lock().await;
+            let found = state.attachments.iter().find(|attachment| attachment.record.bootstrap == bootstrap);
+            let found = found.ok_or_else(|| Failure::new(Kind::NotFound, "it is not mounted any more"))?;
+            found.specs.clone()
+        };
+        Ok((self.store.load_bootstrap(bootstrap)?, specs))
     }
 
     /// The whole state.
@@ -269,6 +316,7 @@ impl Mounts {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             uptime_s: self.started.elapsed().as_secs(),
+            started_at_ms: self.started_at_ms,
             root: self.config.root.clone(),
             modes,
             keeper: KeeperReport {

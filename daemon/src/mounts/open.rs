@@ -212,6 +212,8 @@ impl Mounts {
             pool: self.pool.clone(),
             hosts_dir: Some(config.hosts_dir.clone()).filter(|dir| !dir.as_os_str().is_empty()),
             spool_dir: Some(self.config.root.clone()),
+            // What is wrong with it was said when the configuration was read.
+            dragonfly: self.config.dragonfly.source().ok().flatten(),
             s3: config.s3.iter().map(|(key, value)| (key.clone(), Secret::new(value))).collect(),
             ..RegistryOptions::default()
         };

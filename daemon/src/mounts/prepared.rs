@@ -25,7 +25,7 @@ impl Mounts {
     pub async fn prepare_for_others(self: &Arc<Self>, request: PrepareRequest) -> Result<Prepared, Failure> {
         let PrepareRequest { image, mode, credentials, insecure, ca } = request;
         let request =
-            MountRequest { image, target: PathBuf::new(), mode, credentials, insecure, ca, record: None };
+            MountRequest { mode, credentials, insecure, ca, ..MountRequest::new(image, PathBuf::new()) };
         let opened = self.open(&request).await?;
         let turn = self.turns.of(&opened.image.bootstrap);
         let result = {

@@ -105,6 +105,8 @@ struct Inner {
     repository: String,
     credentials: Credentials,
     clients: Arc<Clients>,
+    /// Whether a password may be shown; tokens live for minutes.
+    passwords: bool,
     state: Mutex<State>,
 }
 
@@ -122,8 +124,18 @@ impl Auth {
             repository: repository.to_owned(),
             credentials,
             clients,
+            passwords: true,
             state: Mutex::default(),
         }))
+    }
+
+    /// For a host that hands on what it is shown, and does not look to whom.
+    pub(crate) fn without_passwords(self) -> Self {
+        let Inner { name, host, repository, credentials, clients, .. } = &*self.0;
+        let (name, host, repository) = (name.clone(), host.clone(), repository.clone());
+        let (credentials, clients) = (credentials.clone(), Arc::clone(clients));
+        let state = Mutex::default();
+        Self(Arc::new(Inner { name, host, repository, credentials, clients, passwords: false, state }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -209,6 +221,9 @@ impl Auth {
             let slot = &mut self.state().slots[access.index()];
             (slot.token, slot.issuer) = (None, None);
             return Ok(());
+        }
+        if !self.0.passwords {
+            return Err(self.denied("the registry wants a password, which peers are not shown", None));
         }
         let found = self.0.credentials.find(&self.0.host, &self.0.repository, round > 0).await;
         let header = match &found.credential {

@@ -1,6 +1,7 @@
 //! Reading blobs.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -126,7 +127,9 @@ impl Progress {
                         }
                         piece.truncate(left);
                     }
-                    self.at += u64::try_from(piece.len()).expect("usize fits in 64 bits");
+                    let length = u64::try_from(piece.len()).expect("usize fits in 64 bits");
+                    self.at += length;
+                    self.registry.inner.received.fetch_add(length, Ordering::Relaxed);
                     if !piece.is_empty() {
                         return Ok(Some(piece));
                     }

@@ -4,6 +4,7 @@ use reqwest::header::HeaderMap;
 use url::Url;
 
 use crate::http::{self, HttpOptions};
+use crate::traffic::Role;
 
 /// Where a registry's API is, and how it is reached.
 #[derive(Clone, Debug)]
@@ -18,6 +19,8 @@ pub(crate) struct Endpoint {
     pub(crate) headers: HeaderMap,
     /// How it is reached.
     pub(crate) http: HttpOptions,
+    /// What it is to us.
+    pub(crate) role: Role,
 }
 
 const DOCKER_HUB: [&str; 2] = ["docker.io", "registry-1.docker.io"];
@@ -29,7 +32,7 @@ impl Endpoint {
         let root = Url::parse(&format!("{}://{api_host}/v2/", http.scheme(host)))
             .map_err(|error| format!("no URL can be made of it: {error}"))?;
         let (host, http) = (host.to_owned(), http.clone());
-        Ok(Self { root, host, namespace: None, headers: HeaderMap::new(), http })
+        Ok(Self { root, host, namespace: None, headers: HeaderMap::new(), http, role: Role::Registry })
     }
 
     /// Keeps what is for this host alone from hosts that it redirects to. Options without such stay as they are, so
@@ -75,7 +78,8 @@ impl Endpoint {
         let hub = DOCKER_HUB.contains(&namespace) && DOCKER_HUB.contains(&host.as_str());
         let mirrors = (host != namespace && !hub).then(|| namespace.to_owned());
         let host = if hub { DOCKER_HUB[0].to_owned() } else { host };
-        Ok(Self { root, host, namespace: mirrors, headers: HeaderMap::new(), http })
+        let role = if mirrors.is_some() { Role::Mirror } else { Role::Registry };
+        Ok(Self { root, host, namespace: mirrors, headers: HeaderMap::new(), http, role })
     }
 }
 

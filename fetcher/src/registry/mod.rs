@@ -3,6 +3,7 @@
 mod auth;
 mod blob;
 mod challenge;
+mod dragonfly;
 mod endpoint;
 mod hosts;
 mod manifest;
@@ -13,6 +14,7 @@ mod spool;
 mod upload;
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,7 +32,9 @@ use crate::http::{self, Clients, HttpOptions, Pool, Use};
 use crate::reference::RegistryRef;
 use crate::source::{ErrorClass, SourceError};
 use crate::sources::Health;
+use crate::traffic::Role;
 
+pub use dragonfly::Dragonfly;
 pub use repository::Repository;
 pub use upload::{Payload, SentFn};
 
@@ -50,6 +54,8 @@ pub struct RegistryOptions {
     pub spool_dir: Option<PathBuf>,
     /// Options of S3, by the names that the `object_store` crate has for them (`endpoint`, `region`, …).
     pub s3: Vec<(String, Secret)>,
+    /// The node's Dragonfly daemon, asked for blobs before all others.
+    pub dragonfly: Option<Dragonfly>,
     /// Blobs larger than this are uploaded in pieces of this many bytes.
     pub upload_piece: u64,
 }
@@ -66,6 +72,7 @@ impl Default for RegistryOptions {
             hosts_dir: Some(DEFAULT_HOSTS_DIR.into()),
             spool_dir: None,
             s3: Vec::new(),
+            dragonfly: None,
             upload_piece: 64 << 20,
         }
     }
@@ -91,6 +98,8 @@ struct Inner {
     headers: HeaderMap,
     clients: Arc<Clients>,
     health: Arc<Health>,
+    /// Counts the bytes of blobs that came.
+    received: Arc<AtomicU64>,
     auth: Auth,
     targets: Targets,
     upload_piece: u64,
@@ -139,8 +148,8 @@ impl Registry {
         let host = http::host_of(url);
         let repository = url.path().trim_matches('/').to_owned();
         let name = url.as_str().trim_end_matches('/').to_owned();
-        let endpoint =
-            Endpoint { root, host, namespace: None, headers: HeaderMap::new(), http: options.http.clone() };
+        let (headers, http) = (HeaderMap::new(), options.http.clone());
+        let endpoint = Endpoint { root, host, namespace: None, headers, http, role: Role::Registry };
         Ok(Self::with(name, endpoint.root.clone(), endpoint, repository, options, true))
     }
 
@@ -151,9 +160,10 @@ impl Registry {
         options: &RegistryOptions,
     ) -> Result<Self, SourceError> {
         let repository = reference.repository();
-        let name = match &endpoint.namespace {
-            None => format!("{}/{repository}", endpoint.host),
-            Some(namespace) => format!("{} for {namespace}/{repository}", endpoint.host),
+        let name = match (&endpoint.namespace, endpoint.role) {
+            (_, Role::Peers) => format!("Dragonfly for {}/{repository}", endpoint.host),
+            (None, _) => format!("{}/{repository}", endpoint.host),
+            (Some(namespace), _) => format!("{} for {namespace}/{repository}", endpoint.host),
         };
         let base = endpoint.root.join(&format!("{repository}/")).map_err(|error| {
             let detail = format!("no URL can be made of it: {error}");
@@ -170,10 +180,17 @@ impl Registry {
         options: &RegistryOptions,
         files: bool,
     ) -> Self {
-        let Endpoint { host, namespace, headers, http, .. } = endpoint;
+        let Endpoint { host, namespace, headers, http, role, .. } = endpoint;
         let clients = options.pool.clients(&http);
-        let health = options.pool.health(&base);
-        let auth = Auth::new(&name, &host, &repository, options.credentials.clone(), Arc::clone(&clients));
+        let health = options.pool.health(&base, role == Role::Peers);
+        let received = options.pool.traffic().of(role);
+        // The issuer of tokens is reached as the registry is, not by way of the peers.
+        let issuers =
+            if role == Role::Peers { options.pool.clients(&options.http) } else { Arc::clone(&clients) };
+        let mut auth = Auth::new(&name, &host, &repository, options.credentials.clone(), issuers);
+        if role == Role::Peers {
+            auth = auth.without_passwords();
+        }
         Self {
             inner: Arc::new(Inner {
                 name,
@@ -185,6 +202,7 @@ impl Registry {
                 headers,
                 clients,
                 health,
+                received,
                 auth,
                 targets: Targets::default(),
                 upload_piece: options.upload_piece.max(1 << 20),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::endpoint::Endpoint;
 use super::hosts::{self, Host};
 use super::{Registry, RegistryOptions};
 use crate::digest::Digest;
@@ -108,9 +109,18 @@ fn resolve(name: &str, reference: &RegistryRef, options: &RegistryOptions) -> Re
     let listed = match dir {
         Some(dir) => hosts::read(&dir, reference.host(), &options.http).map_err(unusable)?,
         None => {
-            let registry = Registry::new(reference, options)?;
-            return Ok(Hosts::new(name, vec![(registry, true, true)]));
+            let endpoint = Endpoint::of_registry(reference.host(), &options.http).map_err(unusable)?;
+            vec![Host { endpoint, resolve: true, pull: true }]
         }
+    };
+    // The registry itself comes last; it is what the peers' first one asks.
+    let upstream = listed.iter().rev().find(|host| host.pull);
+    let peers = match (&options.dragonfly, upstream) {
+        (Some(dragonfly), Some(Host { endpoint, .. })) => {
+            let endpoint = dragonfly.before(endpoint, &options.http).map_err(unusable)?;
+            Some(Registry::at(endpoint, reference, options)?)
+        }
+        _ => None,
     };
     let mut registries = Vec::new();
     for Host { endpoint, resolve, pull } in listed {
@@ -119,16 +129,16 @@ fn resolve(name: &str, reference: &RegistryRef, options: &RegistryOptions) -> Re
         }
         registries.push((Registry::at(endpoint, reference, options)?, resolve, pull));
     }
-    Ok(Hosts::new(name, registries))
+    Ok(Hosts::new(name, peers, registries))
 }
 
 impl Hosts {
-    fn new(name: &str, registries: Vec<(Registry, bool, bool)>) -> Self {
-        let readable = registries.iter().filter(|(_, _, pull)| *pull);
-        let member = |(registry, ..): &(Registry, bool, bool)| -> (Arc<dyn Source>, Arc<Health>) {
+    fn new(name: &str, peers: Option<Registry>, registries: Vec<(Registry, bool, bool)>) -> Self {
+        let readable = registries.iter().filter(|(_, _, pull)| *pull).map(|(registry, ..)| registry);
+        let member = |registry: &Registry| -> (Arc<dyn Source>, Arc<Health>) {
             (Arc::new(registry.clone()), registry.health())
         };
-        let blobs = Sources::new(name, readable.map(member));
+        let blobs = Sources::new(name, peers.iter().chain(readable).map(member));
         let named = registries.into_iter().filter(|(_, resolve, pull)| *resolve || *pull);
         Self { blobs, registries: named.map(|(registry, resolve, _)| (registry, resolve)).collect() }
     }

@@ -34,6 +34,8 @@ const USUAL_PATIENCE: Duration = Duration::from_millis(500);
 /// Hedged requests are paid from what other requests earn: one in twenty, and never more than a few at once.
 const HEDGE_PRICE: u32 = 20;
 const MOST_HEDGES: u32 = 5 * HEDGE_PRICE;
+/// The most that is waited for the first byte of a host that may hang: a read is to end within a second.
+const SHORT_PATIENCE: Duration = Duration::from_millis(400);
 /// Wrong bytes this often within this time make a host the last to be asked for as long.
 const LIES: usize = 2;
 const LIES_WITHIN: Duration = Duration::from_secs(600);
@@ -42,6 +44,8 @@ const LIES_WITHIN: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub struct Health {
     state: Mutex<State>,
+    /// It may hang at any time, and is not needed: others are always asked when it is slow.
+    may_hang: bool,
 }
 
 #[derive(Debug)]
@@ -68,6 +72,7 @@ struct State {
 impl Default for Health {
     fn default() -> Self {
         Self {
+            may_hang: false,
             state: Mutex::new(State {
                 failures: 0,
                 shut: None,
@@ -128,6 +133,11 @@ impl State {
 }
 
 impl Health {
+    /// Of a host that depends on others who may hang, and that others can stand in for.
+    pub(crate) fn of_one_that_may_hang() -> Self {
+        Self { may_hang: true, ..Self::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -195,17 +205,25 @@ impl Health {
     /// How long to wait for a byte before another host is asked for it.
     pub fn patience(&self) -> Duration {
         let state = self.lock();
+        let (usual, most) = if self.may_hang {
+            (SHORT_PATIENCE, SHORT_PATIENCE)
+        } else {
+            (USUAL_PATIENCE, Duration::from_secs(2))
+        };
         if state.first_bytes.len() < FEW {
-            return USUAL_PATIENCE;
+            return usual;
         }
         let mut times: Vec<_> = state.first_bytes.iter().copied().collect();
         times.sort_unstable();
         let p95 = times[(times.len() * 95 / 100).min(times.len() - 1)];
-        (p95 * 2).clamp(LEAST_PATIENCE, Duration::from_secs(2))
+        (p95 * 2).clamp(LEAST_PATIENCE, most)
     }
 
     /// Whether another host may be asked for what this one is slow to give; counts it when so.
     pub fn hedge(&self) -> bool {
+        if self.may_hang {
+            return true;
+        }
         let mut state = self.lock();
         let may = state.hedges >= HEDGE_PRICE;
         if may {

@@ -2,6 +2,8 @@
 
 use std::convert::Infallible;
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +12,11 @@ use rustix::mount::MountFlags;
 use rustix::process::WaitOptions;
 use rustix::system::RebootCommand;
 use skimmer_vm_images::protocol;
+
+use super::serve;
+
+/// The agent as a service of a whole system.
+const UNIT: &str = "skimmer-agent.service";
 
 /// Sets the guest up and stays its first process; switches it off when the agent ends.
 ///
@@ -33,6 +40,10 @@ fn start() -> Result<Infallible> {
     let _ = mount("devtmpfs", "/dev");
     load_modules(Path::new(protocol::MODULES))?;
     network()?;
+    let options = fs::read_to_string("/proc/cmdline")?;
+    if let Some(disk) = options.split_whitespace().find_map(|option| option.strip_prefix(protocol::SYSTEM)) {
+        return system(disk);
+    }
     let agent = Command::new("/bin/skimmer-agent")
         .arg("serve")
         .env_clear()
@@ -50,6 +61,27 @@ fn start() -> Result<Infallible> {
             anyhow::bail!("the agent ended: {status:?}");
         }
     }
+}
+
+/// Makes the file system of a disk the root, puts the agent among its services, and becomes its first process.
+fn system(disk: &str) -> Result<Infallible> {
+    let device = serve::disks()?.remove(disk).with_context(|| format!("there is no disk {disk}"))?;
+    let root = Path::new("/mnt");
+    rustix::mount::mount(&device, root, "ext4", MountFlags::empty(), None).context("mounting the system")?;
+    mount("tmpfs", "/mnt/run")?;
+    let units = root.join("run/systemd/system");
+    fs::create_dir_all(units.join("multi-user.target.wants"))?;
+    fs::copy("/bin/skimmer-agent", root.join("run/skimmer-agent"))?;
+    fs::write(units.join(UNIT), include_str!("skimmer-agent.service"))?;
+    symlink(Path::new("..").join(UNIT), units.join("multi-user.target.wants").join(UNIT))?;
+    for name in ["proc", "sys", "dev"] {
+        rustix::mount::mount_move(Path::new("/").join(name), root.join(name))?;
+    }
+    std::env::set_current_dir(root)?;
+    rustix::mount::mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    std::env::set_current_dir("/")?;
+    Err(Command::new("/sbin/init").env_clear().exec()).context("starting the system's first process")
 }
 
 fn mount(kind: &str, target: &str) -> Result<()> {

@@ -96,6 +96,11 @@ fn hello() -> Result<Reply> {
     // "12.34 5.67": seconds with two decimals.
     let hundredths: String = uptime.split_whitespace().next().unwrap_or("").split('.').collect();
     let uptime_ms = hundredths.parse::<u64>().with_context(|| format!("/proc/uptime: {uptime}"))? * 10;
+    Ok(Reply::Hello { release, uptime_ms, disks: disks()? })
+}
+
+/// Block devices by the serial number given to QEMU.
+pub(super) fn disks() -> Result<BTreeMap<String, String>> {
     let mut disks = BTreeMap::new();
     for entry in fs::read_dir("/sys/block")? {
         let entry = entry?;
@@ -104,5 +109,5 @@ fn hello() -> Result<Reply> {
             disks.insert(serial.trim_end().to_owned(), device.to_string_lossy().into_owned());
         }
     }
-    Ok(Reply::Hello { release, uptime_ms, disks })
+    Ok(disks)
 }

@@ -1,0 +1,96 @@
+//! The node's Dragonfly daemon as one more host of a registry's blobs.
+//!
+//! It takes requests for blobs at its registry mirror and gets them from peers, or from the registry itself. Headers and
+//! their meaning: dragonfly-client 1.5, `dragonfly-client/src/proxy/header.rs`.
+
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use url::Url;
+
+use super::endpoint::Endpoint;
+use crate::http::{self, HttpOptions};
+use crate::traffic::Role;
+
+/// The registry that it is to ask, `scheme://host[:port]`, joined with the path as text.
+const UPSTREAM: HeaderName = HeaderName::from_static("x-dragonfly-registry");
+/// To use peers though none of its rules says so.
+const PEERS: HeaderName = HeaderName::from_static("x-dragonfly-use-p2p");
+/// To use them for small ranges, too: client 1.5.10 and later.
+const POLICY: HeaderName = HeaderName::from_static("x-dragonfly-scheduling-policy");
+/// To fetch the whole blob behind the first range.
+const PREFETCH: HeaderName = HeaderName::from_static("x-dragonfly-prefetch");
+
+/// Where the node's daemon is, and what it is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dragonfly {
+    /// The root of its registry mirror, `http://127.0.0.1:4001`.
+    pub endpoint: Url,
+    /// Whether the first read of a blob has it fetch the whole blob.
+    pub prefetch: bool,
+}
+
+impl Dragonfly {
+    /// Reads the endpoint's URL.
+    ///
+    /// # Errors
+    /// It is none, or has a path.
+    pub fn new(endpoint: &str, prefetch: bool) -> Result<Self, String> {
+        let url = Url::parse(endpoint).map_err(|error| format!("`{endpoint}` is no URL: {error}"))?;
+        let plain = matches!(url.path(), "" | "/") && url.query().is_none() && url.username().is_empty();
+        if !matches!(url.scheme(), "http" | "https") || !plain {
+            return Err(format!("`{endpoint}` is not http://HOST:PORT"));
+        }
+        Ok(Self { endpoint: url, prefetch })
+    }
+
+    /// The host in front of another one.
+    ///
+    /// # Errors
+    /// What was named cannot be put into a URL or a header.
+    pub(super) fn before(&self, upstream: &Endpoint, http: &HttpOptions) -> Result<Endpoint, String> {
+        let mut root = self.endpoint.clone();
+        root.set_path(upstream.root.path());
+        let upstream_root = upstream.root.origin().ascii_serialization();
+        let value = HeaderValue::try_from(upstream_root).map_err(|error| error.to_string())?;
+        let yes = HeaderValue::from_static("true");
+        let mut headers = HeaderMap::from_iter([
+            (UPSTREAM, value),
+            (PEERS, yes.clone()),
+            (POLICY, HeaderValue::from_static("always")),
+        ]);
+        if self.prefetch {
+            headers.insert(PREFETCH, yes);
+        }
+        let mut http = HttpOptions {
+            extra_ca: http.extra_ca.clone(),
+            timeouts: http.timeouts,
+            ..HttpOptions::default()
+        };
+        if root.scheme() == "http" {
+            http.insecure.push(http::host_of(&root));
+        }
+        // Credentials are those for the registry, which sees them in the end.
+        Ok(Endpoint { root, host: upstream.host.clone(), namespace: None, headers, http, role: Role::Peers })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_stands_before_the_registry() {
+        let options = HttpOptions::default();
+        let upstream = Endpoint::of_registry("registry.example:5000", &options).unwrap();
+        let dragonfly = Dragonfly::new("http://127.0.0.1:4001", true).unwrap();
+        let endpoint = dragonfly.before(&upstream, &options).unwrap();
+        assert_eq!(endpoint.root.as_str(), "http://127.0.0.1:4001/v2/");
+        assert_eq!(endpoint.host, "registry.example:5000");
+        let header = |name: &str| endpoint.headers.get(name).unwrap().to_str().unwrap().to_owned();
+        assert_eq!(header("x-dragonfly-registry"), "https://registry.example:5000");
+        assert_eq!(header("x-dragonfly-scheduling-policy"), "always");
+        assert_eq!(header("x-dragonfly-prefetch"), "true");
+        for bad in ["127.0.0.1:4001", "ftp://a", "http://a/b", "http://u:p@a", "http://a?b=c"] {
+            assert!(Dragonfly::new(bad, false).is_err(), "{bad}");
+        }
+    }
+}

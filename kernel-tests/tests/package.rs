@@ -1,0 +1,210 @@
+//! The Debian package on whole systems: installed, used by containerd, reloaded, upgraded, removed, purged.
+
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use kernel_tests::container_images::{self, ContainerImages};
+use kernel_tests::debian_image::PERL;
+use kernel_tests::machine::{GuestDisk, GuestSpec, Machine};
+use kernel_tests::skimmer::programs;
+use kernel_tests::skips::{not_root, skip};
+use skimmer_vm_images::{apt, debian, disk, run};
+
+/// What the systems have besides Debian's essential packages.
+const SYSTEM: &[&str] = &["systemd-sysv", "containerd", "runc"];
+/// Services start under emulation, on a busy host.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// The worst exposure that `systemd-analyze security` may find; what needs a mount namespace cannot be had.
+const EXPOSURE: f64 = 5.5;
+
+#[test]
+fn the_package_lives_on_a_system_with_fanotify() {
+    lives_on("7.2", "fanotify", "the_package_lives_on_a_system_with_fanotify");
+}
+
+#[test]
+fn the_package_lives_on_a_system_with_fscache() {
+    lives_on("6.1", "fscache", "the_package_lives_on_a_system_with_fscache");
+}
+
+fn lives_on(kernel: &str, mode: &'static str, test: &str) {
+    if let Some(why) = not_root().or_else(skimmer_vm_images::missing) {
+        return skip(test, &why);
+    }
+    apt::ensure(container_images::PACKAGES).unwrap();
+    let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let packages = packages(scratch.path()).unwrap();
+    let images = ContainerImages::set(scratch.path()).unwrap();
+    let agent = Path::new(env!("CARGO_BIN_EXE_skimmer-agent"));
+    let mut spec = GuestSpec::new(kernel, agent, Vec::new());
+    spec.system = Some(debian::system(SYSTEM).unwrap());
+    spec.ports.push(images.registry.port());
+    spec.disks.push(GuestDisk { read_only: true, ..GuestDisk::new("packages", &packages, "/media") });
+    let system = System { machine: spec.boot().unwrap(), images, mode };
+    if let Err(error) = system.play() {
+        let said = system.sh("journalctl --no-pager -n 150; dmesg | tail -n 30").unwrap_or_default();
+        panic!("{kernel}: {error:#}\n{said}");
+    }
+}
+
+/// A disk with two revisions of the package.
+fn packages(scratch: &Path) -> Result<PathBuf> {
+    let programs = programs()?.swap_remove(0).parent().context("programs lie somewhere")?.to_owned();
+    let debs = scratch.join("debs");
+    for revision in ["1", "2"] {
+        let mut deb = Command::new(programs.join("xtask"));
+        deb.args(["deb", "--revision", revision, "--programs"]).arg(&programs).arg("--out").arg(&debs);
+        run(&mut deb)?;
+    }
+    let image = scratch.join("debs.disk");
+    disk::from_directory(&image, &debs)?;
+    fs::remove_dir_all(debs)?;
+    Ok(image)
+}
+
+struct System {
+    machine: Machine,
+    images: ContainerImages,
+    mode: &'static str,
+}
+
+/// A running container.
+struct Container {
+    pod: String,
+    id: String,
+}
+
+impl System {
+    /// Runs a command of the shell; gives what it printed.
+    fn sh(&self, command: &str) -> Result<String> {
+        let out = self.machine.check(&["sh", "-ec", command], PATIENCE)?;
+        Ok(String::from_utf8_lossy(&out).trim_end().to_owned())
+    }
+
+    fn cri(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = vec!["/run/skimmer-agent", "cri", "/run/containerd/containerd.sock"];
+        command.extend(arguments);
+        Ok(String::from_utf8(self.machine.check(&command, PATIENCE)?)?)
+    }
+
+    /// What systemd knows of the daemon or the keeper.
+    fn pid(&self, unit: &str) -> Result<u32> {
+        let pid: u32 = self.sh(&format!("systemctl show --property MainPID --value {unit}"))?.parse()?;
+        ensure!(pid > 0, "{unit} does not run");
+        Ok(pid)
+    }
+
+    /// Whether a container sees right bytes, of other files each time.
+    fn check(&self, container: &Container, step: usize) -> Result<()> {
+        self.images.check(step, 10, |command| {
+            let mut exec = vec!["exec", &container.id, "--"];
+            exec.extend(command);
+            self.cri(&exec)
+        })
+    }
+
+    fn play(&self) -> Result<()> {
+        step("install");
+        self.sh("dpkg -i /media/skimmer_*-1_*.deb")?;
+        self.sh("systemctl is-active skimmerd.service skimmerd.socket skimmer-keeper.service")?;
+        let modes = self.sh("skimmer status --json")?;
+        let modes: serde_json::Value = serde_json::from_str(&modes)?;
+        let usable =
+            modes["modes"].as_array().context("no modes")?.iter().find(|mode| mode["mode"] == self.mode);
+        ensure!(usable.is_some_and(|mode| mode["usable"] == true), "{modes}");
+        for unit in ["skimmerd.service", "skimmer-keeper.service"] {
+            self.exposure(unit)?;
+        }
+
+        step("run a container");
+        // Pods get it, and debootstrap makes none.
+        self.machine.put("/etc/hosts", 0o644, b"127.0.0.1 localhost\n")?;
+        let pause = &self.images.pause;
+        let config =
+            format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = {pause:?}\n");
+        self.machine.put("/etc/containerd/config.toml", 0o644, config.as_bytes())?;
+        self.sh(
+            "skimmer containerd config --patch /etc/containerd/config.toml && systemctl restart containerd",
+        )?;
+        let said = self.cri(&["run", &self.images.lazy, "--", "sleep", "1000000"])?;
+        let (pod, id) = said.trim_end().split_once(' ').context("two ids")?;
+        let container = Container { pod: pod.to_owned(), id: id.to_owned() };
+        let mut exec = vec!["exec", &container.id, "--"];
+        exec.extend(PERL.run);
+        let said = self.cri(&exec)?;
+        ensure!(said.contains(PERL.expect), "{said}");
+        self.check(&container, 0)?;
+
+        step("reload");
+        let (daemon, keeper) = (self.pid("skimmerd")?, self.pid("skimmer-keeper")?);
+        self.sh("echo 'log = \"debug\"' > /etc/skimmer/config.toml && systemctl reload skimmerd")?;
+        ensure!(self.pid("skimmerd")? == daemon, "it is another process");
+        self.check(&container, 1)?;
+        self.sh("echo 'no_such_option = 1' > /etc/skimmer/config.toml")?;
+        ensure!(self.sh("systemctl reload skimmerd").is_err(), "a bad configuration was taken");
+        self.sh("journalctl -u skimmerd | grep -q no_such_option")?;
+        self.check(&container, 2)?;
+        self.sh("rm /etc/skimmer/config.toml")?;
+
+        step("kill");
+        self.sh(&format!("kill -9 {daemon}"))?;
+        self.check(&container, 3)?;
+        ensure!(self.pid("skimmerd")? != daemon, "it is the same process");
+
+        step("upgrade");
+        let daemon = self.pid("skimmerd")?;
+        self.sh("dpkg --force-confmiss -i /media/skimmer_*-2_*.deb && test -f /etc/skimmer/config.toml")?;
+        ensure!(self.pid("skimmerd")? != daemon, "the old daemon goes on");
+        ensure!(self.pid("skimmer-keeper")? == keeper, "the keeper was restarted");
+        self.check(&container, 4)?;
+
+        step("it cannot be removed under a container");
+        let refused = self.machine.run(&["dpkg", "-r", "skimmer"], PATIENCE)?;
+        ensure!(
+            !refused.success() && refused.describe().contains("containers stand on images"),
+            "{}",
+            refused.describe()
+        );
+        self.sh("systemctl is-active skimmerd.service skimmer-keeper.service")?;
+        self.check(&container, 5)?;
+
+        step("remove");
+        self.cri(&["remove", &container.pod, &self.images.lazy, &self.images.pause])?;
+        let deadline = Instant::now() + PATIENCE;
+        while !self.sh("ls /var/lib/skimmer/snapshots")?.is_empty() {
+            ensure!(Instant::now() < deadline, "snapshots stay");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        self.sh("dpkg -r skimmer")?;
+        let left = "! grep erofs /proc/mounts; ! grep -lE '^(skimmerd|skimmer-keeper)$' /proc/[0-9]*/comm; \
+                    ! systemctl list-units --all --no-legend --plain 'skimmer*' | grep -v skimmer-agent; \
+                    test -f /etc/skimmer/config.toml; test -d /var/lib/skimmer";
+        for line in left.split("; ") {
+            self.sh(line).with_context(|| line.to_owned())?;
+        }
+
+        step("purge");
+        self.sh("dpkg -P skimmer; ! ls -d /etc/skimmer /var/lib/skimmer /run/skimmer")?;
+        Ok(())
+    }
+
+    /// What `systemd-analyze` thinks of a unit's hardening.
+    fn exposure(&self, unit: &str) -> Result<()> {
+        let said = self.sh(&format!("systemd-analyze security --no-pager {unit}"))?;
+        let line = said.lines().find(|line| line.contains("Overall exposure level")).context(said.clone())?;
+        println!("{unit}: {}", line.trim_start_matches(|c: char| !c.is_ascii_alphabetic()));
+        let level =
+            line.rsplit(": ").next().and_then(|level| level.split(' ').next()).context(said.clone())?;
+        ensure!(level.parse::<f64>()? <= EXPOSURE, "{line}");
+        Ok(())
+    }
+}
+
+fn step(what: &str) {
+    eprintln!("  {what}");
+}
