@@ -418,6 +418,12 @@ pub struct StatusReport {
     pub buffer_bytes: u64,
     /// Bytes of it in use: being fetched, verified or written.
     pub buffer_used_bytes: u64,
+    /// Disk space that the cache takes, bytes.
+    #[serde(default)]
+    pub cache_bytes: u64,
+    /// What it may take; 0 for no limit.
+    #[serde(default)]
+    pub cache_budget_bytes: u64,
     /// Live mounts, by target.
     pub mounts: Vec<Mount>,
     /// Images that others mount, by name.

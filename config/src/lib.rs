@@ -30,6 +30,8 @@ pub struct Config {
     pub log: String,
     /// The log's form.
     pub log_format: LogFormat,
+    /// How much is kept.
+    pub cache: Cache,
     /// How data is fetched.
     pub fetch: Fetch,
     /// What is fetched before it is read.
@@ -62,6 +64,7 @@ impl Default for Config {
             keeper_socket: "/run/skimmer/keeper.sock".into(),
             log: "info".into(),
             log_format: LogFormat::Text,
+            cache: Cache::default(),
             fetch: Fetch::default(),
             prefetch: Prefetch::default(),
             fill: Fill::default(),
@@ -75,6 +78,14 @@ impl Default for Config {
             audit: Audit::default(),
         }
     }
+}
+
+/// `[cache]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cache {
+    /// Disk space that it may take, MiB; 0 for no limit.
+    pub budget_mib: u64,
 }
 
 /// `[fetch]`
@@ -421,6 +432,9 @@ impl Config {
         }
         if [&self.socket, &self.keeper_socket, &self.containerd.address].contains(&&containerd) {
             return fail("containerd.socket", "is another one's socket; it needs its own");
+        }
+        if self.cache.budget_mib > 1 << 34 {
+            return fail("cache.budget_mib", "must be at most 17179869184");
         }
         if !(1..=1024).contains(&self.fetch.budget_mib) {
             return fail("fetch.budget_mib", "must be from 1 to 1024");

@@ -90,7 +90,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
         driver_config.follower = Some(follower);
         following
     });
-    let (driver, thread) = Driver::start(driver_config, frontends, sink, metrics, runtime)?;
+    let (driver, thread) = Driver::start(driver_config, frontends, sink, metrics.clone(), runtime)?;
     let parts = Parts {
         config: config.clone(),
         store,
@@ -114,6 +114,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
         })
     };
     let following = following.map(|following| tokio::spawn(following.run(Arc::downgrade(&mounts))));
+    let budget = tokio::spawn(Arc::clone(&mounts).keep_budget(move || metrics.written()));
     let sweeping = tokio::spawn(Arc::clone(&mounts).sweep_forever());
     let signals = tokio::spawn(stop_on_signal(stop.clone(), check));
     let mut snapshotter = None;
@@ -158,6 +159,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
     signals.abort();
     watched.abort();
     sweeping.abort();
+    budget.abort();
     // The data path first: what it still writes goes into the journal.
     let ended = driver.shutdown().await;
     let thread_result = watching.await?;

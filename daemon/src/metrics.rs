@@ -262,6 +262,12 @@ impl Metrics {
         metrics
     }
 
+    /// Bytes written to cache files so far, of either mode.
+    pub(crate) fn written(&self) -> u64 {
+        let of = |mode: Mode| self.written_bytes.get_or_create(&mode.into()).get();
+        of(Mode::Fanotify).saturating_add(of(Mode::Fscache))
+    }
+
     pub(crate) fn read_done(&self, mode: Mode, result: ReadResult, took: Duration) {
         self.reads.get_or_create(&ReadLabels { mode: ModeLabel::from(mode).mode, result }).inc();
         self.stage(Stage::total, took);

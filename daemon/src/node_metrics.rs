@@ -50,6 +50,20 @@ impl Collector for NodeMetrics {
             let family =
                 encoder.encode_descriptor("skimmer_prepared_images", what, None, MetricType::Gauge)?;
             ConstGauge::new(prepared).encode(family)?;
+            let cache = mounts.cache_use();
+            let used = i64::try_from(cache.used_bytes()).unwrap_or(i64::MAX);
+            let what = "Disk space that the cache takes";
+            let family =
+                encoder.encode_descriptor("skimmer_cache", what, Some(&Unit::Bytes), MetricType::Gauge)?;
+            ConstGauge::new(used).encode(family)?;
+            let what = "Disk space given back for the budget's sake";
+            let family = encoder.encode_descriptor(
+                "skimmer_evicted",
+                what,
+                Some(&Unit::Bytes),
+                MetricType::Counter,
+            )?;
+            ConstCounter::new(cache.evicted_bytes()).encode(family)?;
             let what = "Bytes of blobs that came, by the kind of sender";
             let mut family = encoder.encode_descriptor(
                 "skimmer_received",

@@ -23,6 +23,8 @@ pub const CTR: GoTool = containerd("github.com/containerd/containerd/v2/cmd/ctr"
 /// The shim.
 pub const SHIM: GoTool = containerd("github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2");
 
+/// The module of [`SCHEDULER`].
+pub const DRAGONFLY: &str = "d7y.io/dragonfly/v2";
 /// Dragonfly's scheduler.
 pub const SCHEDULER: GoTool = GoTool { package: "d7y.io/dragonfly/v2/cmd/scheduler", version: "v2.5.1" };
 

@@ -27,6 +27,11 @@ fn print(status: &StatusReport) -> Result<()> {
         status.uptime_s,
         status.root.display()
     ))?;
+    let budget = match status.cache_budget_bytes {
+        0 => String::new(),
+        budget => format!(" of {}", output::bytes(budget)),
+    };
+    output::line(&format!("  disk      {}{budget}", output::bytes(status.cache_bytes)))?;
     for mode in &status.modes {
         let state = if mode.usable { "usable" } else { "not usable" };
         output::line(&format!("  {:9} {state}: {}", mode.mode, mode.reason))?;

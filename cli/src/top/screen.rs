@@ -35,7 +35,7 @@ impl Screen {
 pub(crate) fn draw(frame: &mut Frame<'_>, screen: &Screen, sample: &Sample, rates: &Rates) {
     let areas = Layout::vertical([
         Constraint::Length(1),
-        Constraint::Length(6),
+        Constraint::Length(7),
         Constraint::Length(6),
         Constraint::Min(4),
         Constraint::Length(1),
@@ -58,7 +58,8 @@ pub(crate) fn draw(frame: &mut Frame<'_>, screen: &Screen, sample: &Sample, rate
             ("misses", format!("{:.1}/s", rates.misses)),
             ("hits", format!("{:.1}/s", rates.hits)),
             ("failed", format!("{:.0}", rates.failed)),
-            ("p50, p99", format!("{}, {}", wait(rates.p50), wait(rates.p99))),
+            ("p50", wait(rates.p50)),
+            ("p99", wait(rates.p99)),
         ],
     );
     let amplification = rates.amplification.map_or_else(|| "-".to_owned(), |times| format!("{times:.2}"));
@@ -220,7 +221,8 @@ mod tests {
             "skimmerd 1.2.3 up 0:01:30",
             "misses        100.0/s",
             "amplification 2.00",
-            "p50, p99      1.0 ms, 20.0 ms",
+            "p50           1.0 ms",
+            "p99           20.0 ms",
             "16.00 MiB of 64.00 MiB",
             "registry/app:1",
             "fanotify",

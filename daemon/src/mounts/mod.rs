@@ -14,6 +14,7 @@ pub mod open;
 pub mod probe;
 
 mod attach;
+mod budget;
 mod early;
 mod prepared;
 mod readahead;
@@ -39,6 +40,7 @@ use crate::store::journal::{Journal, Notice};
 use crate::store::records::{AttachmentRecord, ImageRecord, MountsRecord, Secrets};
 use skimmer_config::Config;
 
+pub use budget::CacheUse;
 pub use failure::{Failure, Kind};
 
 /// How often what could not be released at once is tried again, and mounts that were taken down by others are noticed.
@@ -107,6 +109,7 @@ pub struct Mounts {
     complete: StdMutex<HashSet<BlobId>>,
     /// What status requests say about the attach modes; found out by trying, so not at each request.
     modes: StdMutex<Option<(Instant, Vec<ModeReport>)>>,
+    cache: CacheUse,
 }
 
 #[derive(Default)]
@@ -231,6 +234,7 @@ impl Mounts {
             faults: StdMutex::default(),
             complete: StdMutex::default(),
             modes: StdMutex::default(),
+            cache: CacheUse::default(),
         })
     }
 
@@ -240,6 +244,11 @@ impl Mounts {
         let mut mounts: Vec<Mount> = view.iter().flat_map(|attachment| attachment.mounts.clone()).collect();
         mounts.sort_by(|a, b| a.target.cmp(&b.target));
         mounts
+    }
+
+    /// What the cache takes, and gave back.
+    pub fn cache_use(&self) -> &CacheUse {
+        &self.cache
     }
 
     /// Bytes of blobs that came, by what sent them.
@@ -329,6 +338,8 @@ impl Mounts {
             },
             buffer_bytes: status.budget_bytes,
             buffer_used_bytes: status.in_flight_bytes,
+            cache_bytes: self.cache.used_bytes(),
+            cache_budget_bytes: self.config.cache.budget_mib << 20,
             mounts: self.list(),
             prepared: self.prepared(),
             blobs: blobs.into_values().collect(),

@@ -10,6 +10,7 @@ use super::{Attachment, Failure, Kind, Mounts, State, VOLUME, bdi, kernel, mount
 use crate::blob::{BlobId, BlobSpec};
 use crate::driver::DriverError;
 use crate::frontend::Mode;
+use crate::store::held::Item;
 
 impl Mounts {
     /// Unmounts what is mounted on `target`.
@@ -168,6 +169,8 @@ impl Mounts {
             self.end_recorder(&recorder).await;
         }
         if state.attachments.len() != before {
+            let blobs = shrinking.iter().copied().map(Item::Blob);
+            blobs.chain(gone.iter().cloned().map(Item::Bootstrap)).for_each(|item| self.store.touch(&item));
             state.shrinking.extend(shrinking);
             self.save(state, false)?;
             for bootstrap in gone {

@@ -19,6 +19,7 @@ pub mod blobs;
 pub mod bootstraps;
 pub mod claims;
 pub mod fscache;
+pub mod held;
 pub mod journal;
 pub mod lock;
 pub mod ready;

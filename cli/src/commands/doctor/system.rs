@@ -62,7 +62,7 @@ fn io_uring() -> Finding {
 fn descriptors() -> Finding {
     let limit = getrlimit(Resource::Nofile).maximum;
     match limit {
-        Some(limit) if limit < DESCRIPTORS => Finding::missing(
+        Some(limit) if limit < DESCRIPTORS => Finding::hint(
             "open files",
             format!("at most {limit} for a daemon that is started here; every blob takes a few"),
             format!("raise the hard limit to {DESCRIPTORS} or more; the systemd unit sets its own"),

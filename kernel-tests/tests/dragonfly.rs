@@ -1,0 +1,108 @@
+//! Three nodes start the same image by way of a real Dragonfly cluster.
+
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kernel_tests::debian_image::{self, PERL, PYTHON, Program, TAG};
+use kernel_tests::dragonfly::{self, Network, Node, Scheduler};
+use kernel_tests::registry::Registry;
+use kernel_tests::scenario::PACKAGES;
+use kernel_tests::skimmer::programs;
+use kernel_tests::skips::{no_precontent_events, not_root, skip};
+use skimmer_vm_images::{apt, run};
+
+const NODES: u8 = 3;
+/// No read may be slower because a daemon of Dragonfly hangs.
+const SLOWEST: Duration = Duration::from_secs(1);
+
+#[test]
+fn three_nodes_ask_the_registry_once() {
+    let test = "three_nodes_ask_the_registry_once";
+    if let Some(why) = not_root().or_else(no_precontent_events).or_else(dragonfly::missing) {
+        return skip(test, &why);
+    }
+    apt::ensure(&PACKAGES).unwrap();
+    apt::ensure(&dragonfly::PACKAGES).unwrap();
+    let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    if let Err(error) = play(scratch.path()) {
+        panic!("{error:#}");
+    }
+}
+
+fn play(scratch: &Path) -> Result<()> {
+    let network = Network::new(NODES)?;
+    let address = TcpListener::bind(SocketAddr::from((network.host(), 0)))?.local_addr()?;
+    let place = scratch.join("registry");
+    let mut registry = Registry::start_by(Command::new("docker-registry"), &place, &place, address)?;
+    for (program, name) in [(&PERL, "perl"), (&PYTHON, "python")] {
+        let source = format!("oci:{}:{TAG}", debian_image::prepare(program)?.display());
+        let (skimmer, converted) = (programs()?.swap_remove(0), scratch.join(name));
+        run(Command::new(&skimmer).args(["convert", &source]).arg(&converted))?;
+        let push = ["push", "--plain-http"];
+        run(Command::new(&skimmer).args(push).arg(&converted).arg(registry.reference(name)))?;
+    }
+    let scheduler = Scheduler::start(&network, &scratch.join("scheduler"))?;
+    let mut nodes = Vec::new();
+    for number in 1..=NODES {
+        let directory = scratch.join(format!("node{number}"));
+        nodes.push(Node::start(&network, &scheduler, number, address, &directory)?);
+    }
+    let logs = |nodes: &[Node]| nodes.iter().map(Node::log).collect::<Vec<_>>().join("\n");
+
+    let image = registry.reference("perl");
+    let before = registry.sent_bytes()?;
+    start(&nodes[0], &image, &PERL).with_context(|| logs(&nodes))?;
+    let one = registry.sent_bytes()? - before;
+    for node in &nodes[1..] {
+        start(node, &image, &PERL).with_context(|| logs(&nodes))?;
+    }
+    let all = registry.sent_bytes()? - before;
+    for node in &nodes {
+        let (registry, peers) = node.received()?;
+        println!(
+            "{registry} bytes from the registry, {peers} from Dragonfly; of its own {} from peers, {} from the registry",
+            node.traffic("REMOTE_PEER")?,
+            node.traffic("BACK_TO_SOURCE")?
+        );
+    }
+    println!("one node's start took {one} bytes from the registry, three took {all}");
+    ensure!(all * 10 <= one * 12, "three nodes took {all} bytes, one {one}\n{}", logs(&nodes));
+
+    // Another image; the daemon that has it all hangs, and then one in the middle of its node's own start.
+    let image = registry.reference("python");
+    start(&nodes[0], &image, &PYTHON)?;
+    nodes[0].freeze_dfdaemon(true)?;
+    let slowest = start(&nodes[1], &image, &PYTHON)?;
+    println!("with a peer stopped, the slowest read took {slowest:?}");
+    ensure!(slowest < SLOWEST, "a read took {slowest:?}\n{}", logs(&nodes));
+    nodes[0].freeze_dfdaemon(false)?;
+    let target = nodes[2].mount(&image)?;
+    run(Command::new("sha256sum").arg(target.join("usr/bin/git")))?;
+    nodes[2].freeze_dfdaemon(true)?;
+    run_in(&target, &PYTHON)?;
+    let slowest = nodes[2].umount(&target)?;
+    println!("with the node's own daemon stopped half way, the slowest read took {slowest:?}");
+    nodes[2].freeze_dfdaemon(false)?;
+    ensure!(slowest < SLOWEST, "a read took {slowest:?}\n{}", logs(&nodes));
+    nodes.into_iter().try_for_each(Node::end)
+}
+
+/// Mounts an image on a node and runs its program; says how long its slowest read waited.
+fn start(node: &Node, image: &str, program: &Program) -> Result<Duration> {
+    let target = node.mount(image)?;
+    let result = run_in(&target, program);
+    let slowest = node.umount(&target)?;
+    result.map(|()| slowest)
+}
+
+fn run_in(root: &Path, program: &Program) -> Result<()> {
+    let said = run(Command::new("chroot").arg(root).args(program.run))?;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    ensure!(said.contains(program.expect), "{said}");
+    Ok(())
+}
