@@ -99,6 +99,55 @@ async fn a_reload_changes_the_configuration_and_nothing_else() {
     panic!("the signal does nothing:\n{}", world.log());
 }
 
+/// Images of several times the cache's budget are read in turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cache_keeps_its_budget() {
+    const BUDGET: u64 = 64 << 20;
+    let Some(mut world) = World::start() else { return };
+    std::fs::write(world.path("config.toml"), "[cache]\nbudget_mib = 64\n").unwrap();
+    let mut images = Vec::new();
+    for number in 0..6 {
+        std::fs::write(world.path("tree/file"), content(number, 20 << 20)).unwrap();
+        images.push(world.pack(&format!("img{number}")));
+    }
+    let client = world.start_daemon().await;
+    let mut most = 0;
+    for number in [0, 1, 2, 3, 4, 5, 0, 5] {
+        let image = &images[usize::try_from(number).unwrap()];
+        client.mount(&MountRequest::new(image, world.path("mnt"))).await.unwrap();
+        let file = world.path("mnt/file");
+        let read = tokio::task::spawn_blocking(move || std::fs::read(file).unwrap());
+        while !read.is_finished() {
+            most = most.max(disk_use(&world.path("root")));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(read.await.unwrap() == content(number, 20 << 20), "image {number}\n{}", world.log());
+        client.umount(world.path("mnt"), false).await.unwrap();
+        drop_caches();
+    }
+    assert!(most <= BUDGET, "{most} bytes were used\n{}", world.log());
+    let log = world.log();
+    assert!(log.matches("evicted").count() >= 4, "{log}");
+    assert!(!log.contains("that mounted images need"), "{log}");
+    let status = client.status().await.unwrap();
+    assert_eq!(status.cache_budget_bytes, BUDGET);
+    assert!(status.cache_bytes > 20 << 20, "{status:?}");
+    world.assert_all_gone(&client).await;
+}
+
+/// What the files below a directory take of the disk.
+fn disk_use(dir: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = std::fs::read_dir(dir).unwrap().filter_map(Result::ok);
+    let size = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => disk_use(&entry.path()),
+        Ok(metadata) => metadata.blocks() * 512,
+        // Gone meanwhile.
+        Err(_) => 0,
+    };
+    entries.map(size).sum()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn mounts_at_once_share_what_they_can() {
     let Some(mut world) = World::start() else { return };

@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Failure, Mounts, State};
 use crate::store::held::Item;
 
-/// How often it is looked whether something was written.
-const LOOK: Duration = Duration::from_millis(100);
-/// Room that is made ahead of need, so that what is written between two looks stays within the budget.
+/// Room that is made ahead of need, so that what is written while something is evicted stays within the budget.
 const ROOM: u64 = 256 << 20;
 /// How often it is said that the budget cannot be kept.
 const REMIND: Duration = Duration::from_secs(60);
@@ -68,7 +66,7 @@ impl Mounts {
                     }
                 }
             }
-            tokio::time::sleep(LOOK).await;
+            self.journal.grown().await;
         }
     }
 

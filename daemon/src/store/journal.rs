@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc as tokio_mpsc, oneshot};
+use tokio::sync::{Notify, mpsc as tokio_mpsc, oneshot};
 
 use super::ready;
 use crate::blob::{BlobId, ReadyBits};
@@ -143,9 +143,15 @@ pub struct Journal {
     messages: mpsc::Sender<Message>,
     faults: tokio_mpsc::UnboundedSender<Notice>,
     thread: Arc<Mutex<Option<JoinHandle<bool>>>>,
+    grown: Arc<Notify>,
 }
 
 impl Journal {
+    /// Comes back when chunks were written since the last time.
+    pub async fn grown(&self) {
+        self.grown.notified().await;
+    }
+
     /// Starts the thread. Notices come out of the receiver.
     ///
     /// # Errors
@@ -157,7 +163,8 @@ impl Journal {
         let thread = std::thread::Builder::new().name("journal".into()).spawn(move || {
             Worker { files: HashMap::new(), disk: SystemDisk, notices, whole: true }.run(&inbox)
         })?;
-        Ok((Self { messages, faults, thread: Arc::new(Mutex::new(Some(thread))) }, outbox))
+        let (thread, grown) = (Arc::new(Mutex::new(Some(thread))), Arc::default());
+        Ok((Self { messages, faults, thread, grown }, outbox))
     }
 
     /// Takes over a file's record. Call it before the data path may write the file. A file that is tracked already
@@ -205,6 +212,7 @@ impl Journal {
 impl ReadySink for Journal {
     fn ready(&self, mode: Mode, blob: BlobId, chunks: &[u32]) {
         let _ = self.messages.send(Message::Ready(mode, blob, chunks.to_vec()));
+        self.grown.notify_one();
     }
 
     fn complete(&self, mode: Mode, blob: BlobId) {
