@@ -7,6 +7,7 @@
 //! * [`fixture`] and [`registry`] make a hard OCI image and serve it; [`machine`] and [`skimmer`] run our programs on it,
 //!   on the host and in guests alike.
 //! * [`dragonfly`] runs a cluster of it in network namespaces.
+//! * [`torture`] kills the daemon under readers.
 //! * [`containerd`] runs a real one on our snapshots and [`container_images`]; [`cri`] asks it what a kubelet would.
 #![forbid(unsafe_code)]
 
@@ -22,4 +23,5 @@ pub mod registry;
 pub mod scenario;
 pub mod skimmer;
 pub mod skips;
+pub mod torture;
 pub mod tree;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use kernel_tests::cri::Cri;
+use kernel_tests::torture::Kills;
 use kernel_tests::{agent, skimmer, tree};
 
 /// The test guest's agent.
@@ -44,6 +45,8 @@ enum Action {
         #[command(subcommand)]
         ask: CriAsk,
     },
+    /// Kill the daemon again and again under readers who compare every byte
+    Kills(Kills),
     /// Print what an HTTP server behind a unix socket answers
     Http {
         /// The socket
@@ -121,6 +124,10 @@ fn main() -> Result<()> {
             let options = std::ffi::CString::new(options.strip_prefix("ro,").unwrap_or(&options))?;
             let flags = rustix::mount::MountFlags::RDONLY;
             rustix::mount::mount(&source, &target, "erofs", flags, options.as_c_str())?;
+            Ok(())
+        }
+        Action::Kills(kills) => {
+            serde_json::to_writer(std::io::stdout().lock(), &kills.run()?)?;
             Ok(())
         }
         Action::Cri { socket, ask } => ask.run(&socket),

@@ -9,6 +9,7 @@ mod docs;
 mod run;
 mod test;
 mod tools;
+mod torture;
 
 use clap::Parser;
 
@@ -28,6 +29,8 @@ enum Command {
     Bench(bench::Options),
     /// Compare the working tree's speed with another revision's; fails on a regression.
     BenchAb(bench_ab::Options),
+    /// Kill the daemon again and again under readers who compare every byte.
+    Torture(torture::Options),
     /// Start a container's program from a registry over a slow link, ours against pull-everything.
     Demo(demo::Options),
 }
@@ -40,6 +43,7 @@ fn main() -> anyhow::Result<()> {
         Command::Deb(options) => deb::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::BenchAb(options) => bench_ab::run(&options),
+        Command::Torture(options) => torture::run(&options),
         Command::Demo(options) => demo::run(&options),
     }
 }

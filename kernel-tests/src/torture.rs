@@ -1,0 +1,427 @@
+//! The daemon is killed again and again under readers who compare every byte.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use skimmer_vm_images::run;
+
+use crate::machine::Machine;
+use crate::registry::Registry;
+use crate::skimmer::programs;
+
+/// Bytes of a block: each one tells which block of which file of which image it is.
+const BLOCK: usize = 4096;
+/// Readers at once.
+const READERS: u64 = 8;
+/// How long a daemon may take to answer again.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What a reader waits between two reads, so that an image is not all there too soon.
+const PAUSE: Duration = Duration::from_millis(8);
+
+/// What to do.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Kills {
+    /// Where skimmer, skimmerd and skimmer-keeper are.
+    #[arg(long)]
+    pub programs: PathBuf,
+    /// An empty directory for sockets, configuration and mount points
+    #[arg(long)]
+    pub directory: PathBuf,
+    /// An empty directory for the cache
+    #[arg(long)]
+    pub root: PathBuf,
+    /// Attach mode
+    #[arg(long)]
+    pub mode: String,
+    /// Kills in all
+    #[arg(long)]
+    pub kills: u32,
+    /// Decides when and where
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Kills before the next image is mounted
+    #[arg(long, default_value_t = 20)]
+    pub per_image: u32,
+    /// Images made by `write_tree`, by number: `-{number}` is put behind this name
+    #[arg(long)]
+    pub image: String,
+    /// How many there are
+    #[arg(long)]
+    pub images: u64,
+    /// The cache's budget, so that images that come again are fetched again, MiB
+    #[arg(long)]
+    pub budget_mib: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Daemons killed.
+    pub kills: u32,
+    /// Mounts made.
+    pub mounts: u32,
+    /// Reads that were compared.
+    pub reads: u64,
+    /// Requests of the kernel that waited for bytes, as far as daemons lived to tell.
+    pub misses: u64,
+    /// Reads with a wrong byte.
+    pub wrong: u64,
+    /// Reads that failed.
+    pub errors: u64,
+    /// The longest read, milliseconds.
+    pub longest_ms: u64,
+    /// The first thing that was wrong, if any.
+    pub first: Option<String>,
+}
+
+/// A small generator: the same numbers for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        // SplitMix64 (Steele, Lea, Flood 2014).
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+}
+
+/// A block of a file of an image.
+fn block(image: u64, number: u64) -> Vec<u8> {
+    let mut random = Random(image.wrapping_mul(0x1_0000_0001).wrapping_add(number));
+    let mut bytes = Vec::with_capacity(BLOCK);
+    while bytes.len() < BLOCK {
+        bytes.extend(random.next().to_le_bytes());
+    }
+    bytes
+}
+
+/// Writes the one file of image `number`.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_tree(directory: &Path, number: u64, bytes: u64) -> Result<()> {
+    fs::create_dir_all(directory)?;
+    let mut file = std::io::BufWriter::new(File::create(directory.join("data"))?);
+    for index in 0..bytes / u64::try_from(BLOCK)? {
+        std::io::Write::write_all(&mut file, &block(number, index))?;
+    }
+    std::io::Write::flush(&mut file)?;
+    Ok(())
+}
+
+/// Counts of all readers.
+#[derive(Default)]
+struct Counts {
+    reads: AtomicU64,
+    wrong: AtomicU64,
+    errors: AtomicU64,
+    longest_us: AtomicU64,
+    first: Mutex<Option<String>>,
+}
+
+impl Counts {
+    fn note(&self, what: String) {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+    }
+}
+
+/// Starts the daemon anew whenever it is gone, as a service manager would.
+struct Supervisor {
+    stop: Arc<AtomicBool>,
+    pid: Arc<AtomicU64>,
+    thread: std::thread::JoinHandle<Result<()>>,
+}
+
+impl Supervisor {
+    fn start(program: PathBuf, config: PathBuf, log: PathBuf) -> Self {
+        let (stop, pid) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
+        let (stopped, current) = (Arc::clone(&stop), Arc::clone(&pid));
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let log = File::options().create(true).append(true).open(&log)?;
+                let mut command = Command::new(&program);
+                command.arg("--config").arg(&config).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+                let mut child: Child = command.spawn()?;
+                current.store(u64::from(child.id()), Ordering::Relaxed);
+                child.wait()?;
+            }
+            Ok(())
+        });
+        Self { stop, pid, thread }
+    }
+
+    fn kill(&self) -> Result<()> {
+        let pid = i32::try_from(self.pid.load(Ordering::Relaxed))?;
+        let pid = rustix::process::Pid::from_raw(pid).context("no daemon was started")?;
+        match rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
+            // Killed before, and the next one is not there yet.
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl Kills {
+    /// Does it.
+    ///
+    /// # Errors
+    /// Something that is not the daemon's fault, or a daemon that does not come back. What readers saw is in the outcome.
+    pub fn run(&self) -> Result<Outcome> {
+        fs::create_dir_all(&self.directory)?;
+        let (config, log) = (self.directory.join("skimmerd.toml"), self.directory.join("log"));
+        let socket = self.directory.join("d.sock");
+        let text = format!(
+            "root = {:?}\nsocket = {socket:?}\nkeeper_socket = {:?}\n[containerd]\nenable = false\n[cache]\nbudget_mib = {}\n",
+            self.root,
+            self.directory.join("k.sock"),
+            self.budget_mib,
+        );
+        fs::write(&config, text)?;
+        let supervisor = Supervisor::start(self.programs.join("skimmerd"), config.clone(), log.clone());
+        let result = self.rounds(&supervisor).with_context(|| {
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            lines[lines.len().saturating_sub(30)..].join("\n")
+        });
+        supervisor.stop.store(true, Ordering::Relaxed);
+        let ended = self.patiently(&["--stop-all", "--config", &config.to_string_lossy()], "skimmerd");
+        if result.is_err() || ended.is_err() {
+            let _ = rustix::mount::unmount(self.target(), rustix::mount::UnmountFlags::DETACH);
+            supervisor.kill()?;
+        }
+        supervisor.thread.join().map_err(|_| anyhow::anyhow!("the supervisor panicked"))??;
+        ended?;
+        result
+    }
+
+    fn target(&self) -> PathBuf {
+        self.directory.join("mnt")
+    }
+
+    fn rounds(&self, supervisor: &Supervisor) -> Result<Outcome> {
+        let counts = Counts::default();
+        let mut random = Random(self.seed);
+        let (mut kills, mut mounts, mut misses) = (0, 0, 0);
+        fs::create_dir_all(self.target())?;
+        let target = self.target().to_string_lossy().into_owned();
+        while kills < self.kills {
+            let number = u64::from(mounts) % self.images;
+            let image = format!("{}-{number}", self.image);
+            self.skimmer(&["mount", &image, &target, "--mode", &self.mode, "--no-start"])?;
+            mounts += 1;
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                for reader in 0..READERS {
+                    let seed = random.next();
+                    let (counts, stop, path) = (&counts, &stop, self.target().join("data"));
+                    scope.spawn(move || read(&path, number, Random(seed ^ reader), counts, stop));
+                }
+                let result = (|| {
+                    for _ in 0..self.per_image.min(self.kills - kills) {
+                        std::thread::sleep(Duration::from_millis(random.below(300)));
+                        if random.below(2) == 0 {
+                            // Once more after it has come up; else it may be killed on the way.
+                            misses += self.misses()?;
+                        }
+                        supervisor.kill()?;
+                        kills += 1;
+                    }
+                    misses += self.misses()?;
+                    Ok::<_, anyhow::Error>(())
+                })();
+                stop.store(true, Ordering::Relaxed);
+                result
+            })?;
+            self.skimmer(&["umount", &target])?;
+            let counted = counts.reads.load(Ordering::Relaxed);
+            let longest = Duration::from_micros(counts.longest_us.load(Ordering::Relaxed));
+            eprintln!("{kills} kills, {mounts} mounts, {counted} reads, the longest took {longest:?}");
+        }
+        Ok(Outcome {
+            kills,
+            mounts,
+            reads: counts.reads.into_inner(),
+            misses,
+            wrong: counts.wrong.into_inner(),
+            errors: counts.errors.into_inner(),
+            longest_ms: counts.longest_us.into_inner() / 1000,
+            first: counts.first.into_inner().unwrap_or_else(PoisonError::into_inner),
+        })
+    }
+
+    /// What the daemon that runs counted; waits until one does.
+    fn misses(&self) -> Result<u64> {
+        self.skimmer(&["status"])?;
+        let page = crate::skimmer::http_get(&self.directory.join("d.sock"), "/metrics");
+        // It may have been replaced in between; what it had counted is lost.
+        let page = String::from_utf8(page.unwrap_or_default())?;
+        let lines =
+            page.lines().filter(|line| line.starts_with("skimmer_reads_total{") && line.contains("\"miss\""));
+        Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+    }
+
+    /// Runs `skimmer`, again and again while no daemon answers.
+    fn skimmer(&self, arguments: &[&str]) -> Result<()> {
+        let socket = self.directory.join("d.sock");
+        let mut all = arguments.to_vec();
+        let socket = socket.to_string_lossy();
+        all.extend(["--socket", &socket, "--quiet"]);
+        self.patiently(&all, "skimmer")
+    }
+
+    fn patiently(&self, arguments: &[&str], program: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match run(Command::new(self.programs.join(program)).args(arguments)) {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+}
+
+fn read(path: &Path, image: u64, mut random: Random, counts: &Counts, stop: &AtomicBool) {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) => {
+            counts.errors.fetch_add(1, Ordering::Relaxed);
+            return counts.note(format!("opening {}: {error}", path.display()));
+        }
+    };
+    let size = file.metadata().map_or(0, |metadata| metadata.len());
+    let block_bytes = u64::try_from(BLOCK).unwrap_or(1);
+    let mut buffer = vec![0; 8 * BLOCK];
+    while !stop.load(Ordering::Relaxed) {
+        let blocks = usize::try_from(1 + random.below(8)).unwrap_or(1);
+        let last = (size / block_bytes).saturating_sub(u64::try_from(blocks).unwrap_or(1));
+        let first = random.below(last + 1);
+        let part = &mut buffer[..blocks * BLOCK];
+        let began = Instant::now();
+        let result = file.read_exact_at(part, first * block_bytes);
+        let took = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        counts.longest_us.fetch_max(took, Ordering::Relaxed);
+        counts.reads.fetch_add(1, Ordering::Relaxed);
+        match result {
+            Ok(()) => {
+                for (number, bytes) in (first..).zip(part.chunks(BLOCK)) {
+                    if bytes != block(image, number) {
+                        counts.wrong.fetch_add(1, Ordering::Relaxed);
+                        counts.note(format!("block {number} of image {image} is wrong"));
+                    }
+                }
+            }
+            Err(error) => {
+                counts.errors.fetch_add(1, Ordering::Relaxed);
+                counts.note(format!("block {first} of image {image}: {error}"));
+            }
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+impl Outcome {
+    /// Whether no reader saw anything of the kills.
+    ///
+    /// # Errors
+    /// What was seen.
+    pub fn check(&self) -> Result<()> {
+        ensure!(self.wrong == 0 && self.errors == 0, "{self:?}");
+        ensure!(self.reads > 0 && self.misses > 0, "nothing was tried: {self:?}");
+        Ok(())
+    }
+}
+
+/// Bytes of an image on the host, and in a guest, whose processor is emulated.
+const SIZES: [u64; 2] = [192 << 20, 48 << 20];
+/// Images that are mounted in turn.
+const IMAGES: u64 = 6;
+/// How long a kill may take in all, and some more.
+const EACH: Duration = Duration::from_secs(20);
+
+/// Makes the images, calls them `NAME-0` and so on, and hands each layout on.
+fn images(scratch: &Path, bytes: u64, mut made: impl FnMut(&Path, u64) -> Result<()>) -> Result<()> {
+    let skimmer = programs()?.swap_remove(0);
+    for number in 0..IMAGES {
+        let tree = scratch.join("tree");
+        write_tree(&tree, number, bytes)?;
+        let layout = scratch.join(format!("image-{number}"));
+        run(Command::new(&skimmer).args(["convert", "--quiet"]).arg(&tree).arg(&layout))?;
+        fs::remove_dir_all(tree)?;
+        made(&layout, number)?;
+    }
+    Ok(())
+}
+
+fn told(output: &[u8]) -> Result<Outcome> {
+    serde_json::from_slice(output).with_context(|| String::from_utf8_lossy(output).into_owned())
+}
+
+/// Kills the daemon on this machine, over fanotify.
+///
+/// # Errors
+/// As [`Kills::run`].
+pub fn kills_on_host(scratch: &Path, agent: &Path, kills: u32, seed: u64) -> Result<Outcome> {
+    images(scratch, SIZES[0], |_, _| Ok(()))?;
+    // A socket's path has at most 107 bytes.
+    let directory = tempfile::tempdir()?;
+    let programs = programs()?.swap_remove(0).parent().context("programs lie somewhere")?.to_owned();
+    let mut command = Command::new(agent);
+    command.arg("kills").arg("--programs").arg(programs).arg("--directory").arg(directory.path());
+    command.arg("--root").arg(scratch.join("root")).args(["--mode", "fanotify"]);
+    command.arg("--image").arg(format!("oci:{}/image", scratch.display()));
+    command.args(numbers(SIZES[0], kills, seed)).stderr(Stdio::inherit());
+    let output = command.output()?;
+    ensure!(output.status.success(), "the torture itself failed: {}", output.status);
+    told(&output.stdout)
+}
+
+fn numbers(size: u64, kills: u32, seed: u64) -> Vec<String> {
+    let budget = ((size >> 20) * 5 / 2).to_string();
+    let (kills, seed, images) = (kills.to_string(), seed.to_string(), IMAGES.to_string());
+    let pairs = [("--kills", kills), ("--seed", seed), ("--images", images), ("--budget-mib", budget)];
+    pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect()
+}
+
+/// Kills the daemon in a guest.
+///
+/// # Errors
+/// As [`Kills::run`].
+pub fn kills_in_guest(
+    scratch: &Path,
+    agent: &Path,
+    (kernel, mode): (&str, &str),
+    kills: u32,
+    seed: u64,
+) -> Result<Outcome> {
+    let registry = Registry::start(&scratch.join("registry"))?;
+    let skimmer = programs()?.swap_remove(0);
+    images(scratch, SIZES[1], |layout, number| {
+        let to = registry.reference(&format!("image-{number}"));
+        run(Command::new(&skimmer).args(["push", "--quiet"]).arg(layout).arg(to))?;
+        Ok(fs::remove_dir_all(layout)?)
+    })?;
+    let machine = Machine::guest(kernel, agent, &scratch.join("cache"), 2 << 30, registry.port())?;
+    let image = registry.reference("image");
+    let mut command =
+        vec!["/bin/skimmer-agent", "kills", "--programs", "/bin", "--directory", "/run/torture"];
+    command.extend(["--root", "/cache/skimmer", "--mode", mode, "--image", &image]);
+    let numbers = numbers(SIZES[1], kills, seed);
+    command.extend(numbers.iter().map(String::as_str));
+    let output = machine.check(&command, PATIENCE + EACH * kills)?;
+    told(&output)
+}
