@@ -48,6 +48,42 @@ async fn bad_mirrors_cost_no_byte() {
     world.assert_all_gone(&client).await;
 }
 
+/// A dfdaemon that hangs, refuses, or sends what is wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_dragonfly_costs_no_byte() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    world.pack("img");
+    let layout = Layout::open(world.path("img")).unwrap();
+    let (dragonfly, upstream) =
+        (FaultServer::start(layout.clone()).unwrap(), FaultServer::start(layout).unwrap());
+    let config = format!("[dragonfly]\nendpoint = 'http://{}'\n", dragonfly.host());
+    std::fs::write(world.path("config.toml"), config).unwrap();
+    let limit = Fault::Status {
+        code: 429,
+        headers: vec![("X-Dragonfly-Error-Type".into(), "proxy".into())],
+        body: vec![],
+    };
+    let internal = Fault::Status { code: 500, headers: vec![], body: b"dfdaemon".to_vec() };
+    for fault in [Fault::WrongBytes, Fault::Stall(0), Fault::Stall(100_000), limit, internal, Fault::Drop] {
+        dragonfly.fault(fault.clone());
+        let client = world.start_daemon().await;
+        let image = format!("{}/a/b", upstream.host());
+        client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+        world.assert_same("mnt");
+        assert!(dragonfly.counts().blob_requests > 0, "it was not asked");
+        let page = client.metrics().await.unwrap();
+        assert!(!page.contains("skimmer_received_bytes_total{source=\"registry\"} 0\n"), "{fault:?}: {page}");
+        // The next one begins with nothing.
+        client.umount(world.path("mnt"), false).await.unwrap();
+        client.shutdown(false).await.unwrap();
+        assert!(world.daemon.take().unwrap().wait().unwrap().success());
+        std::fs::remove_dir_all(world.path("root")).unwrap();
+    }
+    let client = world.start_daemon().await;
+    world.assert_all_gone(&client).await;
+}
+
 /// Small flights share requests: a gigabyte that is read from front to back costs at most a hundred of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sequential_read_is_few_requests() {

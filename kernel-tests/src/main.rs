@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use kernel_tests::cri::Cri;
-use kernel_tests::torture::Kills;
+use kernel_tests::torture::{Fill, Kills};
 use kernel_tests::{agent, skimmer, tree};
 
 /// The test guest's agent.
@@ -47,6 +47,8 @@ enum Action {
     },
     /// Kill the daemon again and again under readers who compare every byte
     Kills(Kills),
+    /// Start the daemon and read an image, all of it or for ever
+    Fill(Fill),
     /// Print what an HTTP server behind a unix socket answers
     Http {
         /// The socket
@@ -128,6 +130,10 @@ fn main() -> Result<()> {
         }
         Action::Kills(kills) => {
             serde_json::to_writer(std::io::stdout().lock(), &kills.run()?)?;
+            Ok(())
+        }
+        Action::Fill(fill) => {
+            serde_json::to_writer(std::io::stdout().lock(), &fill.run()?)?;
             Ok(())
         }
         Action::Cri { socket, ask } => ask.run(&socket),

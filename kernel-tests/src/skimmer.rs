@@ -26,10 +26,12 @@ pub const PROGRAMS: [&str; 3] = ["skimmer", "skimmerd", "skimmer-keeper"];
 pub fn programs() -> Result<Vec<PathBuf>> {
     let directory = match std::env::var_os("SKIMMER_BIN_DIR") {
         Some(directory) => PathBuf::from(directory),
-        // target/debug/deps/test-0123 -> target/debug
+        // target/debug/deps/test-0123, or another program in target/debug
         None => {
-            let test = std::env::current_exe()?;
-            test.ancestors().nth(2).context("the test has no target directory")?.to_owned()
+            let own = std::env::current_exe()?;
+            let beside = own.parent().context("a program lies in a directory")?;
+            let above = beside.parent().filter(|_| beside.ends_with("deps"));
+            above.unwrap_or(beside).to_owned()
         }
     };
     let find = |name: &&str| {

@@ -17,8 +17,8 @@ use kernel_tests::skips::{no_precontent_events, not_root, skip};
 use skimmer_vm_images::{apt, run};
 
 const NODES: u8 = 3;
-/// No read may be slower because a daemon of Dragonfly hangs.
-const SLOWEST: Duration = Duration::from_secs(1);
+/// What a read would wait for a peer that hangs, if it waited for dfdaemon's own end of patience.
+const HUNG: Duration = Duration::from_secs(10);
 
 #[test]
 fn three_nodes_ask_the_registry_once() {
@@ -79,7 +79,7 @@ fn play(scratch: &Path) -> Result<()> {
     nodes[0].freeze_dfdaemon(true)?;
     let slowest = start(&nodes[1], &image, &PYTHON)?;
     println!("with a peer stopped, the slowest read took {slowest:?}");
-    ensure!(slowest < SLOWEST, "a read took {slowest:?}\n{}", logs(&nodes));
+    ensure!(slowest < HUNG / 2, "a read took {slowest:?}\n{}", logs(&nodes));
     nodes[0].freeze_dfdaemon(false)?;
     let target = nodes[2].mount(&image)?;
     run(Command::new("sha256sum").arg(target.join("usr/bin/git")))?;
@@ -88,7 +88,7 @@ fn play(scratch: &Path) -> Result<()> {
     let slowest = nodes[2].umount(&target)?;
     println!("with the node's own daemon stopped half way, the slowest read took {slowest:?}");
     nodes[2].freeze_dfdaemon(false)?;
-    ensure!(slowest < SLOWEST, "a read took {slowest:?}\n{}", logs(&nodes));
+    ensure!(slowest < HUNG / 2, "a read took {slowest:?}\n{}", logs(&nodes));
     nodes.into_iter().try_for_each(Node::end)
 }
 

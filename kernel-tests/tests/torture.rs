@@ -6,8 +6,10 @@ use std::path::Path;
 
 use kernel_tests::skips::{no_precontent_events, not_root, skip};
 use kernel_tests::torture;
+use skimmer_vm_images::apt;
 
 const KILLS: u32 = 20;
+const RESETS: u32 = 2;
 
 #[test]
 fn kills_cost_no_byte_and_no_read() {
@@ -19,4 +21,19 @@ fn kills_cost_no_byte_and_no_read() {
     let outcome = torture::kills_on_host(scratch.path(), agent, KILLS, 1).unwrap();
     println!("{outcome:?}");
     outcome.check().unwrap();
+}
+
+#[test]
+fn resets_cost_no_byte() {
+    if let Some(why) = skimmer_vm_images::missing() {
+        return skip("resets_cost_no_byte", &why);
+    }
+    apt::ensure(&[kernel_tests::registry::PACKAGE]).unwrap();
+    let agent = Path::new(env!("CARGO_BIN_EXE_skimmer-agent"));
+    for guest in [("7.2", "fanotify"), ("6.12", "fscache")] {
+        let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let outcome = torture::resets(scratch.path(), agent, guest, RESETS, 1).unwrap();
+        println!("{}: {outcome:?}", guest.1);
+        outcome.check().unwrap();
+    }
 }

@@ -12,12 +12,11 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use skimmer_vm_images::run;
 
+use super::content::{BLOCK, Random, block, images};
 use crate::machine::Machine;
 use crate::registry::Registry;
 use crate::skimmer::programs;
 
-/// Bytes of a block: each one tells which block of which file of which image it is.
-const BLOCK: usize = 4096;
 /// Readers at once.
 const READERS: u64 = 8;
 /// How long a daemon may take to answer again.
@@ -79,48 +78,6 @@ pub struct Outcome {
     pub longest_ms: u64,
     /// The first thing that was wrong, if any.
     pub first: Option<String>,
-}
-
-/// A small generator: the same numbers for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        // SplitMix64 (Steele, Lea, Flood 2014).
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
-}
-
-/// A block of a file of an image.
-fn block(image: u64, number: u64) -> Vec<u8> {
-    let mut random = Random(image.wrapping_mul(0x1_0000_0001).wrapping_add(number));
-    let mut bytes = Vec::with_capacity(BLOCK);
-    while bytes.len() < BLOCK {
-        bytes.extend(random.next().to_le_bytes());
-    }
-    bytes
-}
-
-/// Writes the one file of image `number`.
-///
-/// # Errors
-/// It cannot be written.
-pub fn write_tree(directory: &Path, number: u64, bytes: u64) -> Result<()> {
-    fs::create_dir_all(directory)?;
-    let mut file = std::io::BufWriter::new(File::create(directory.join("data"))?);
-    for index in 0..bytes / u64::try_from(BLOCK)? {
-        std::io::Write::write_all(&mut file, &block(number, index))?;
-    }
-    std::io::Write::flush(&mut file)?;
-    Ok(())
 }
 
 /// Counts of all readers.
@@ -346,26 +303,12 @@ impl Outcome {
     }
 }
 
-/// Bytes of an image on the host, and in a guest, whose processor is emulated.
-const SIZES: [u64; 2] = [192 << 20, 48 << 20];
 /// Images that are mounted in turn.
 const IMAGES: u64 = 6;
+/// Bytes of an image on the host, and in a guest, whose processor is emulated.
+const SIZES: [u64; 2] = [192 << 20, 48 << 20];
 /// How long a kill may take in all, and some more.
 const EACH: Duration = Duration::from_secs(20);
-
-/// Makes the images, calls them `NAME-0` and so on, and hands each layout on.
-fn images(scratch: &Path, bytes: u64, mut made: impl FnMut(&Path, u64) -> Result<()>) -> Result<()> {
-    let skimmer = programs()?.swap_remove(0);
-    for number in 0..IMAGES {
-        let tree = scratch.join("tree");
-        write_tree(&tree, number, bytes)?;
-        let layout = scratch.join(format!("image-{number}"));
-        run(Command::new(&skimmer).args(["convert", "--quiet"]).arg(&tree).arg(&layout))?;
-        fs::remove_dir_all(tree)?;
-        made(&layout, number)?;
-    }
-    Ok(())
-}
 
 fn told(output: &[u8]) -> Result<Outcome> {
     serde_json::from_slice(output).with_context(|| String::from_utf8_lossy(output).into_owned())
@@ -376,7 +319,7 @@ fn told(output: &[u8]) -> Result<Outcome> {
 /// # Errors
 /// As [`Kills::run`].
 pub fn kills_on_host(scratch: &Path, agent: &Path, kills: u32, seed: u64) -> Result<Outcome> {
-    images(scratch, SIZES[0], |_, _| Ok(()))?;
+    images(scratch, IMAGES, SIZES[0], |_, _| Ok(()))?;
     // A socket's path has at most 107 bytes.
     let directory = tempfile::tempdir()?;
     let programs = programs()?.swap_remove(0).parent().context("programs lie somewhere")?.to_owned();
@@ -410,7 +353,7 @@ pub fn kills_in_guest(
 ) -> Result<Outcome> {
     let registry = Registry::start(&scratch.join("registry"))?;
     let skimmer = programs()?.swap_remove(0);
-    images(scratch, SIZES[1], |layout, number| {
+    images(scratch, IMAGES, SIZES[1], |layout, number| {
         let to = registry.reference(&format!("image-{number}"));
         run(Command::new(&skimmer).args(["push", "--quiet"]).arg(layout).arg(to))?;
         Ok(fs::remove_dir_all(layout)?)

@@ -1,0 +1,8 @@
+//! Long suites that try to make a reader see a wrong byte or an error.
+
+mod content;
+mod kills;
+mod resets;
+
+pub use kills::{Kills, Outcome, kills_in_guest, kills_on_host};
+pub use resets::{Fill, Resets, resets};
