@@ -4,14 +4,15 @@ use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use skimmer_test_support::tools::{DFDAEMON, SCHEDULER};
 use skimmer_vm_images::run;
 
 use crate::skimmer::programs;
+use crate::wait::wait;
 
 /// Debian packages that it needs.
 pub const PACKAGES: [&str; 2] = ["iproute2", "util-linux"];
@@ -150,7 +151,7 @@ impl Scheduler {
         command.arg("--console");
         let mut process = Process::start(command, &log)?;
         let address = SocketAddr::from((host, 8002));
-        wait("the scheduler answers", || {
+        wait(PATIENCE, "the scheduler answers", || {
             ensure!(!process.ended(), "the scheduler ended");
             Ok(TcpStream::connect(address).is_ok())
         })
@@ -211,7 +212,7 @@ impl Node {
                 .output()
                 .is_ok_and(|said| said.stdout.windows(4).any(|word| word == b" 200"))
         };
-        wait("dfdaemon is healthy", || {
+        wait(PATIENCE, "dfdaemon is healthy", || {
             ensure!(!dfdaemon.ended(), "dfdaemon ended");
             Ok(healthy())
         })
@@ -234,7 +235,7 @@ impl Node {
         let enter = format!("/run/netns/{}-{number}", network.bridge);
         let directory = directory.to_owned();
         let node = Self { number, enter, dfdaemon, skimmerd, directory, sockets };
-        wait("skimmerd answers", || Ok(node.skimmer(&["status"]).is_ok()))
+        wait(PATIENCE, "skimmerd answers", || Ok(node.skimmer(&["status"]).is_ok()))
             .with_context(|| tail(&node.directory.join("skimmerd.log")))?;
         Ok(node)
     }
@@ -326,7 +327,7 @@ impl Node {
             .arg("--stop-all")
             .arg("--config")
             .arg(self.directory.join("skimmerd.toml")))?;
-        wait("skimmerd ends", || Ok(self.skimmerd.ended()))
+        wait(PATIENCE, "skimmerd ends", || Ok(self.skimmerd.ended()))
     }
 
     /// The end of its logs.
@@ -341,15 +342,4 @@ fn tail(path: &Path) -> String {
     let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().collect();
     format!("{}:\n{}", path.display(), lines[lines.len().saturating_sub(40)..].join("\n"))
-}
-
-fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !done()? {
-        if Instant::now() >= deadline {
-            bail!("it does not come to pass that {what}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }

@@ -25,3 +25,4 @@ pub mod skimmer;
 pub mod skips;
 pub mod torture;
 pub mod tree;
+pub mod wait;

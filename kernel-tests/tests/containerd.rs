@@ -14,6 +14,7 @@ use kernel_tests::cri::{Cri, Pod};
 use kernel_tests::debian_image::PERL;
 use kernel_tests::skimmer::programs;
 use kernel_tests::skips::{no_precontent_events, not_root, skip};
+use kernel_tests::wait::wait;
 use serde_json::Value;
 use skimmer_client::Client;
 use skimmer_vm_images::{apt, run};
@@ -179,15 +180,6 @@ impl Drop for Daemon {
             let _ = child.wait();
         }
     }
-}
-
-fn wait(limit: Duration, what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + limit;
-    while !done()? {
-        ensure!(Instant::now() < deadline, "it does not come to pass that {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }
 
 fn run_all(version: Version, stage: &Stage, daemon: &mut Daemon, containerd: &Containerd) -> Result<()> {

@@ -6,13 +6,14 @@ use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kernel_tests::debian_image::{self, PERL, TAG};
 use kernel_tests::machine::Machine;
 use kernel_tests::skimmer::{Node, programs};
 use kernel_tests::skips::{no_precontent_events, not_root, skip};
+use kernel_tests::wait::wait;
 use serde_json::Value;
 use skimmer_vm_images::{debian, run};
 
@@ -65,7 +66,9 @@ fn play(scratch: &Path) -> Result<()> {
     let result = (|| {
         node.mount(&format!("oci:{}", converted.display()), &mount, "fanotify")?;
         // Rates need two scrapes with something between them.
-        wait("Prometheus has scraped us", || Ok(!query(&prometheus, "skimmer_build_info")?.is_empty()))?;
+        wait(PATIENCE, "Prometheus has scraped us", || {
+            Ok(!query(&prometheus, "skimmer_build_info")?.is_empty())
+        })?;
         node.list(&mount)?;
         dashboard(&prometheus)
     })();
@@ -83,7 +86,7 @@ fn dashboard(server: &Prometheus) -> Result<()> {
         for target in panel["targets"].as_array().context("no targets")? {
             let expression = target["expr"].as_str().context("no expression")?;
             let expression = expression.replace("$__rate_interval", "1m").replace("$instance", ".*");
-            wait(&format!("`{}` of {} has an answer", expression, panel["title"]), || {
+            wait(PATIENCE, &format!("`{}` of {} has an answer", expression, panel["title"]), || {
                 Ok(!query(server, &expression)?.is_empty())
             })?;
             asked += 1;
@@ -126,7 +129,7 @@ impl Prometheus {
             .stderr(File::create(&log)?)
             .spawn()?;
         let prometheus = Self { child, tools: tools.to_owned(), url: format!("http://{own}") };
-        wait("Prometheus answers", || Ok(query(&prometheus, "vector(1)").is_ok()))
+        wait(PATIENCE, "Prometheus answers", || Ok(query(&prometheus, "vector(1)").is_ok()))
             .with_context(|| fs::read_to_string(&log).unwrap_or_default())?;
         Ok(prometheus)
     }
@@ -141,13 +144,4 @@ impl Drop for Prometheus {
 
 fn free() -> Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
-}
-
-fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !done()? {
-        ensure!(Instant::now() < deadline, "it does not come to pass that {what}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    Ok(())
 }

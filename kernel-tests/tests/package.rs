@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kernel_tests::container_images::{self, ContainerImages};
@@ -13,6 +13,7 @@ use kernel_tests::debian_image::PERL;
 use kernel_tests::machine::{GuestDisk, GuestSpec, Machine};
 use kernel_tests::skimmer::programs;
 use kernel_tests::skips::{not_root, skip};
+use kernel_tests::wait::wait;
 use skimmer_vm_images::{apt, debian, disk, run};
 
 /// What the systems have besides Debian's essential packages.
@@ -175,11 +176,7 @@ impl System {
 
         step("remove");
         self.cri(&["remove", &container.pod, &self.images.lazy, &self.images.pause])?;
-        let deadline = Instant::now() + PATIENCE;
-        while !self.sh("ls /var/lib/skimmer/snapshots")?.is_empty() {
-            ensure!(Instant::now() < deadline, "snapshots stay");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        wait(PATIENCE, "no snapshot is left", || Ok(self.sh("ls /var/lib/skimmer/snapshots")?.is_empty()))?;
         self.sh("dpkg -r skimmer")?;
         let left = "! grep erofs /proc/mounts; ! grep -lE '^(skimmerd|skimmer-keeper)$' /proc/[0-9]*/comm; \
                     ! systemctl list-units --all --no-legend --plain 'skimmer*' | grep -v skimmer-agent; \

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use skimmer_vm_images::run;
 
 use super::content::{BLOCK, Random, block, images};
+use super::place::Place;
 use crate::machine::Machine;
 use crate::registry::Registry;
 use crate::skimmer::programs;
@@ -27,18 +28,9 @@ const PAUSE: Duration = Duration::from_millis(8);
 /// What to do.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Kills {
-    /// Where skimmer, skimmerd and skimmer-keeper are.
-    #[arg(long)]
-    pub programs: PathBuf,
-    /// An empty directory for sockets, configuration and mount points
-    #[arg(long)]
-    pub directory: PathBuf,
-    /// An empty directory for the cache
-    #[arg(long)]
-    pub root: PathBuf,
-    /// Attach mode
-    #[arg(long)]
-    pub mode: String,
+    /// Where
+    #[command(flatten)]
+    pub place: Place,
     /// Kills in all
     #[arg(long)]
     pub kills: u32,
@@ -138,17 +130,9 @@ impl Kills {
     /// # Errors
     /// Something that is not the daemon's fault, or a daemon that does not come back. What readers saw is in the outcome.
     pub fn run(&self) -> Result<Outcome> {
-        fs::create_dir_all(&self.directory)?;
-        let (config, log) = (self.directory.join("skimmerd.toml"), self.directory.join("log"));
-        let socket = self.directory.join("d.sock");
-        let text = format!(
-            "root = {:?}\nsocket = {socket:?}\nkeeper_socket = {:?}\n[containerd]\nenable = false\n[cache]\nbudget_mib = {}\n",
-            self.root,
-            self.directory.join("k.sock"),
-            self.budget_mib,
-        );
-        fs::write(&config, text)?;
-        let supervisor = Supervisor::start(self.programs.join("skimmerd"), config.clone(), log.clone());
+        self.place.prepare(self.budget_mib)?;
+        let (config, log) = (self.place.config(), self.place.log());
+        let supervisor = Supervisor::start(self.place.programs.join("skimmerd"), config.clone(), log.clone());
         let result = self.rounds(&supervisor).with_context(|| {
             let text = fs::read_to_string(&log).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
@@ -157,7 +141,7 @@ impl Kills {
         supervisor.stop.store(true, Ordering::Relaxed);
         let ended = self.patiently(&["--stop-all", "--config", &config.to_string_lossy()], "skimmerd");
         if result.is_err() || ended.is_err() {
-            let _ = rustix::mount::unmount(self.target(), rustix::mount::UnmountFlags::DETACH);
+            let _ = rustix::mount::unmount(self.place.target(), rustix::mount::UnmountFlags::DETACH);
             supervisor.kill()?;
         }
         supervisor.thread.join().map_err(|_| anyhow::anyhow!("the supervisor panicked"))??;
@@ -165,26 +149,21 @@ impl Kills {
         result
     }
 
-    fn target(&self) -> PathBuf {
-        self.directory.join("mnt")
-    }
-
     fn rounds(&self, supervisor: &Supervisor) -> Result<Outcome> {
         let counts = Counts::default();
         let mut random = Random(self.seed);
         let (mut kills, mut mounts, mut misses) = (0, 0, 0);
-        fs::create_dir_all(self.target())?;
-        let target = self.target().to_string_lossy().into_owned();
+        let target = self.place.target().to_string_lossy().into_owned();
         while kills < self.kills {
             let number = u64::from(mounts) % self.images;
             let image = format!("{}-{number}", self.image);
-            self.skimmer(&["mount", &image, &target, "--mode", &self.mode, "--no-start"])?;
+            self.skimmer(&["mount", &image, &target, "--mode", &self.place.mode, "--no-start"])?;
             mounts += 1;
             let stop = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 for reader in 0..READERS {
                     let seed = random.next();
-                    let (counts, stop, path) = (&counts, &stop, self.target().join("data"));
+                    let (counts, stop, path) = (&counts, &stop, self.place.target().join("data"));
                     scope.spawn(move || read(&path, number, Random(seed ^ reader), counts, stop));
                 }
                 let result = (|| {
@@ -223,7 +202,7 @@ impl Kills {
     /// What the daemon that runs counted; waits until one does.
     fn misses(&self) -> Result<u64> {
         self.skimmer(&["status"])?;
-        let page = crate::skimmer::http_get(&self.directory.join("d.sock"), "/metrics");
+        let page = crate::skimmer::http_get(&self.place.socket(), "/metrics");
         // It may have been replaced in between; what it had counted is lost.
         let page = String::from_utf8(page.unwrap_or_default())?;
         let lines =
@@ -233,7 +212,7 @@ impl Kills {
 
     /// Runs `skimmer`, again and again while no daemon answers.
     fn skimmer(&self, arguments: &[&str]) -> Result<()> {
-        let socket = self.directory.join("d.sock");
+        let socket = self.place.socket();
         let mut all = arguments.to_vec();
         let socket = socket.to_string_lossy();
         all.extend(["--socket", &socket, "--quiet"]);
@@ -243,7 +222,7 @@ impl Kills {
     fn patiently(&self, arguments: &[&str], program: &str) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match run(Command::new(self.programs.join(program)).args(arguments)) {
+            match run(Command::new(self.place.programs.join(program)).args(arguments)) {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() >= deadline => return Err(error),
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),

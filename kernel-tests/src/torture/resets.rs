@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use serde_json::Value;
 use skimmer_vm_images::{disk, run};
 
 use super::content::{BLOCK, Random, block, images};
+use super::place::Place;
 use crate::machine::{GuestDisk, GuestSpec};
 use crate::registry::Registry;
 use crate::skimmer::programs;
@@ -31,18 +32,9 @@ const LONGEST_MS: u64 = 6000;
 /// Reads an image in the guest.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Fill {
-    /// Where skimmer and skimmerd are
-    #[arg(long)]
-    pub programs: PathBuf,
-    /// For sockets, configuration and the mount point
-    #[arg(long)]
-    pub directory: PathBuf,
-    /// Cache and state
-    #[arg(long)]
-    pub root: PathBuf,
-    /// Attach mode
-    #[arg(long)]
-    pub mode: String,
+    /// Where
+    #[command(flatten)]
+    pub place: Place,
     /// The image
     #[arg(long)]
     pub image: String,
@@ -86,38 +78,29 @@ impl Fill {
     /// # Errors
     /// The daemon does not start, or does not mount.
     pub fn run(&self) -> Result<Filled> {
-        fs::create_dir_all(&self.directory)?;
-        let (config, target) = (self.directory.join("skimmerd.toml"), self.directory.join("mnt"));
-        fs::create_dir_all(&target)?;
-        let text = format!(
-            "root = {:?}\nsocket = {:?}\nkeeper_socket = {:?}\n[containerd]\nenable = false\n[cache]\nbudget_mib = {BUDGET}\n",
-            self.root,
-            self.socket(),
-            self.directory.join("k.sock"),
-        );
-        fs::write(&config, text)?;
-        let log = fs::File::options().create(true).append(true).open(self.directory.join("log"))?;
-        let mut daemon = Command::new(self.programs.join("skimmerd"));
+        self.place.prepare(BUDGET)?;
+        let (config, target) = (self.place.config(), self.place.target());
+        let log = fs::File::options().create(true).append(true).open(self.place.log())?;
+        let mut daemon = Command::new(self.place.programs.join("skimmerd"));
         let mut daemon = daemon.arg("--config").arg(&config).stdin(Stdio::null()).stderr(log).spawn()?;
         let result = self.read(&target);
         if result.is_ok() {
             self.skimmer(&["umount", &target.to_string_lossy()])?;
         }
         self.end(&mut daemon, &config)?;
-        result.with_context(|| fs::read_to_string(self.directory.join("log")).unwrap_or_default())
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.directory.join("d.sock")
+        result.with_context(|| fs::read_to_string(self.place.log()).unwrap_or_default())
     }
 
     fn skimmer(&self, arguments: &[&str]) -> Result<Vec<u8>> {
-        let mut command = Command::new(self.programs.join("skimmer"));
-        run(command.args(arguments).arg("--socket").arg(self.socket()))
+        let mut command = Command::new(self.place.programs.join("skimmer"));
+        run(command.args(arguments).arg("--socket").arg(self.place.socket()))
     }
 
     fn end(&self, daemon: &mut Child, config: &Path) -> Result<()> {
-        run(Command::new(self.programs.join("skimmerd")).arg("--stop-all").arg("--config").arg(config))?;
+        run(Command::new(self.place.programs.join("skimmerd"))
+            .arg("--stop-all")
+            .arg("--config")
+            .arg(config))?;
         ensure!(daemon.wait()?.success(), "skimmerd ended badly");
         Ok(())
     }
@@ -130,7 +113,14 @@ impl Fill {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        self.skimmer(&["mount", &self.image, &target.to_string_lossy(), "--mode", &self.mode, "--no-start"])?;
+        self.skimmer(&[
+            "mount",
+            &self.image,
+            &target.to_string_lossy(),
+            "--mode",
+            &self.place.mode,
+            "--no-start",
+        ])?;
         let kept = ready_bytes(&self.skimmer(&["status", "--json"])?)?;
         let file = fs::File::open(target.join("data"))?;
         let blocks = file.metadata()?.len() / u64::try_from(BLOCK)?;
