@@ -81,11 +81,19 @@ impl Default for Config {
 }
 
 /// `[cache]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cache {
     /// Disk space that it may take, MiB; 0 for no limit.
     pub budget_mib: u64,
+    /// Share of the file system that is kept free, percent.
+    pub keep_free_percent: u64,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { budget_mib: 0, keep_free_percent: 5 }
+    }
 }
 
 /// `[fetch]`
@@ -435,6 +443,9 @@ impl Config {
         }
         if self.cache.budget_mib > 1 << 34 {
             return fail("cache.budget_mib", "must be at most 17179869184");
+        }
+        if self.cache.keep_free_percent > 90 {
+            return fail("cache.keep_free_percent", "must be from 0 to 90");
         }
         if !(1..=1024).contains(&self.fetch.budget_mib) {
             return fail("fetch.budget_mib", "must be from 1 to 1024");

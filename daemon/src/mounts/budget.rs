@@ -9,6 +9,8 @@ use crate::store::held::Item;
 
 /// Room that is made ahead of need, so that what is written while something is evicted stays within the budget.
 const ROOM: u64 = 256 << 20;
+/// Growth after which it is looked again when nothing could be evicted before.
+const STEP: u64 = 16 << 20;
 /// How often it is said that the budget cannot be kept.
 const REMIND: Duration = Duration::from_secs(60);
 
@@ -32,31 +34,28 @@ impl CacheUse {
 }
 
 impl Mounts {
-    /// Keeps the cache within its budget. `written` tells the bytes written to cache files so far. Never ends.
+    /// Keeps the cache within its budget, and some of the file system free. `written` tells the bytes written to cache
+    /// files so far. Never ends.
     pub async fn keep_budget(self: Arc<Self>, written: impl Fn() -> u64) {
-        let budget = self.config.cache.budget_mib << 20;
-        let high = if budget == 0 { u64::MAX } else { budget - ROOM.min(budget / 4) };
         let (mut base, mut base_written, mut next) = (0, written(), 0);
         let mut reminded: Option<Instant> = None;
         loop {
             let now = written();
             let estimate = base + now.saturating_sub(base_written);
             self.cache.used.store(estimate, Ordering::Relaxed);
-            if estimate >= next {
+            let high = self.high(estimate);
+            if estimate >= next || (estimate > high && now.saturating_sub(base_written) >= STEP) {
                 base_written = now;
                 match self.make_room(high).await {
                     Ok(used) => {
                         base = used;
                         // What is over the mark now is needed; it is looked again when there is more of it.
-                        next = used.max(high).saturating_add(ROOM.min(budget / 16).max(1));
-                        if used <= high {
-                            next = high;
-                        } else if reminded.is_none_or(|when| when.elapsed() > REMIND) {
+                        next = if used <= high { high } else { used.saturating_add(STEP) };
+                        if used > high && reminded.is_none_or(|when| when.elapsed() > REMIND) {
                             reminded = Some(Instant::now());
-                            let mib = used >> 20;
+                            let (used, high) = (used >> 20, high >> 20);
                             tracing::warn!(
-                                "the cache takes {mib} MiB that mounted images need; `cache.budget_mib` is {}",
-                                budget >> 20
+                                "mounted images need {used} MiB of the cache, of {high} MiB that it should take"
                             );
                         }
                     }
@@ -68,6 +67,17 @@ impl Mounts {
             }
             self.journal.grown().await;
         }
+    }
+
+    /// What the cache should take at most now, when it takes `used`.
+    fn high(&self, used: u64) -> u64 {
+        let config = &self.config.cache;
+        let space = rustix::fs::statvfs(&self.config.root).ok();
+        let space = space.map(|space| {
+            let bytes = |blocks: u64| blocks.saturating_mul(space.f_frsize);
+            (bytes(space.f_blocks), bytes(space.f_bavail))
+        });
+        mark(config.budget_mib << 20, config.keep_free_percent, space, used)
     }
 
     /// Evicts until the cache takes no more than `high`, if it can; says what it takes.
@@ -98,6 +108,15 @@ impl Mounts {
     }
 }
 
+/// The mark that the cache is kept below: some way below its budget (0 for none), and so that a share of the file system
+/// of (`all`, `free`) bytes stays free.
+fn mark(budget: u64, keep_percent: u64, space: Option<(u64, u64)>, used: u64) -> u64 {
+    let by_budget = if budget == 0 { u64::MAX } else { budget - ROOM.min(budget / 4) };
+    let by_space = space
+        .map_or(u64::MAX, |(all, free)| used.saturating_add(free).saturating_sub(all / 100 * keep_percent));
+    by_budget.min(by_space)
+}
+
 /// Whether a superblock, the data path or the kernel has it.
 fn is_needed(state: &State, item: &Item) -> bool {
     match item {
@@ -112,5 +131,25 @@ fn is_needed(state: &State, item: &Item) -> bool {
             state.cookies.contains(name)
                 || state.attachments.iter().any(|attachment| attachment.record.bootstrap == *name)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mark_heeds_budget_and_free_space() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(mark(0, 0, None, 7), u64::MAX);
+        assert_eq!(mark(64 << 20, 0, None, 7), 48 << 20);
+        assert_eq!(mark(10 * GIB, 0, None, 7), 10 * GIB - ROOM);
+        // 100 GiB, of which 20 are free: 15 more may be taken.
+        let space = Some((100 * GIB, 20 * GIB));
+        assert_eq!(mark(0, 5, space, 3 * GIB), 18 * GIB);
+        assert_eq!(mark(10 * GIB, 5, space, 3 * GIB), 10 * GIB - ROOM);
+        // 2 GiB free: 3 have to go.
+        assert_eq!(mark(0, 5, Some((100 * GIB, 2 * GIB)), 30 * GIB), 27 * GIB);
+        assert_eq!(mark(0, 5, Some((100 * GIB, 0)), GIB), 0);
     }
 }
