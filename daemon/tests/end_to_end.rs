@@ -15,7 +15,7 @@ use world::{World, content, drop_caches, until_ready, wait_for};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn mount_read_unmount_and_nothing_is_left() {
-    let Some(mut world) = World::start() else { return };
+    let Some(mut world) = World::start_alone() else { return };
     world.fill_tree();
     let image = world.pack("img");
     let client = world.start_daemon().await;
@@ -315,7 +315,7 @@ async fn what_is_still_open_is_told_when_everything_shall_end() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_traced_image_brings_its_start_before_it_is_read() {
-    let Some(mut world) = World::start() else { return };
+    let Some(mut world) = World::start_alone() else { return };
     world.fill_tree();
     let image = world.pack("img");
     let client = world.start_daemon().await;

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use skimmer_client::Client;
@@ -30,12 +31,34 @@ pub(crate) struct World {
     sockets: TempDir,
     pub(crate) keeper: Child,
     pub(crate) daemon: Option<Child>,
+    _turn: Turn,
+}
+
+/// Whether other tests of this program may mount images at the same time.
+static TURNS: RwLock<()> = RwLock::new(());
+
+/// Held for its drop.
+enum Turn {
+    Together(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
 }
 
 impl World {
     /// `None` where this kernel or user cannot run it: the test is then counted as skipped.
     #[track_caller]
     pub(crate) fn start() -> Option<Self> {
+        Self::in_turn(Turn::Together(TURNS.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// As [`Self::start`], while no other test mounts anything: a daemon tells its superblock from others by its being
+    /// the only new one.
+    #[track_caller]
+    pub(crate) fn start_alone() -> Option<Self> {
+        Self::in_turn(Turn::Alone(TURNS.write().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    #[track_caller]
+    fn in_turn(turn: Turn) -> Option<Self> {
         let dir = scratch_dir();
         if let Err(why) = skimmer_fanotify::probe(dir.path()) {
             skip_this(&why.to_string());
@@ -52,7 +75,7 @@ impl World {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let world = Self { dir, sockets, keeper, daemon: None };
+        let world = Self { dir, sockets, keeper, daemon: None, _turn: turn };
         for name in ["mnt", "mnt2", "mnt3", "mnt4", "mnt5", "tree/deep/er"] {
             std::fs::create_dir_all(world.path(name)).unwrap();
         }
