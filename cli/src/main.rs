@@ -62,6 +62,8 @@ enum Command {
     Release(commands::prepare::Release),
     /// Fetch files of a mounted image, or all of it, before they are read.
     Prefetch(commands::prefetch::Options),
+    /// Read the cache again, compare it with the images' digests, and repair it.
+    Scrub(commands::scrub::Options),
     /// Print what was read and fetched through a mount that was made with --record.
     Recording(commands::record::Show),
     /// Draw a recording: what was asked and fetched when, and what waited how long.
@@ -137,6 +139,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Prepare(options) => commands::prepare::prepare(options, global).await,
         Command::Release(options) => commands::prepare::release(options, global).await,
         Command::Prefetch(options) => commands::prefetch::run(options, global).await,
+        Command::Scrub(options) => commands::scrub::run(options, global).await,
         Command::Recording(options) => commands::record::show(options).await,
         Command::Report(options) => commands::record::report(&options, global),
         Command::Optimize(options) => commands::optimize::run(options, global).await,

@@ -9,7 +9,8 @@ use serde::de::DeserializeOwned;
 
 use crate::types::{
     ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, PrepareRequest, Prepared, PreparedQuery,
-    Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    Recording, RecordingQuery, ScrubReport, ScrubRequest, ShutdownReport, ShutdownRequest, StatusReport,
+    UmountQuery,
 };
 
 /// The host part of the request URLs; a unix socket has none, HTTP wants one.
@@ -176,6 +177,30 @@ impl Client {
     pub async fn recording(&self, target: impl AsRef<Path>) -> Result<Recording, ClientError> {
         let query = RecordingQuery { target: target.as_ref().into() };
         self.json(Method::GET, "/v1/recordings", |builder| builder.query(&query)).await
+    }
+
+    /// `POST /v1/scrub`: reads the cache again, compares and repairs it; answers at its end.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn scrub(&self, request: &ScrubRequest) -> Result<ScrubReport, ClientError> {
+        self.json(Method::POST, "/v1/scrub", |builder| builder.json(request)).await
+    }
+
+    /// `GET /v1/scrub`: how far the scrub is, or what the last one came to.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn scrubbed(&self) -> Result<ScrubReport, ClientError> {
+        self.json(Method::GET, "/v1/scrub", |builder| builder).await
+    }
+
+    /// `DELETE /v1/scrub`: ends it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn stop_scrub(&self) -> Result<ScrubReport, ClientError> {
+        self.json(Method::DELETE, "/v1/scrub", |builder| builder).await
     }
 
     /// `POST /v1/prefetch`: fetches of a mounted image before it is read.

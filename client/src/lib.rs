@@ -19,7 +19,8 @@ pub use start::StartOptions;
 pub use types::{
     ApiError, AttachMode, BlobReport, Credentials, KeeperReport, ModeReport, Mount, MountRequest,
     PrefetchReport, PrefetchRequest, PrepareRequest, Prepared, PreparedQuery, Record, RecordedFetch,
-    RecordedRead, Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    RecordedRead, Recording, RecordingQuery, ScrubReport, ScrubRequest, ShutdownReport, ShutdownRequest,
+    StatusReport, UmountQuery,
 };
 
 /// Where `skimmerd` listens unless told otherwise.

@@ -254,6 +254,45 @@ pub struct PrefetchReport {
     pub missing_bytes: u64,
 }
 
+/// `POST /v1/scrub`: a look at everything that is cached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct ScrubRequest {
+    /// MiB to read each second at most, 0 for no limit.
+    #[serde(default)]
+    pub mib_per_second: u64,
+    /// Leave what is bad as it is.
+    #[serde(default)]
+    pub check_only: bool,
+}
+
+/// What a scrub came to so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct ScrubReport {
+    /// It goes on.
+    pub running: bool,
+    /// Blobs in the cache.
+    pub blobs: u64,
+    /// Of those, looked at.
+    pub blobs_done: u64,
+    /// Chunks read.
+    pub chunks: u64,
+    /// Their bytes, uncompressed.
+    pub bytes: u64,
+    /// Chunks that were not what was verified when they were written.
+    pub bad: u64,
+    /// Of those, written anew, or dropped with a blob that nothing mounted needs.
+    pub repaired: u64,
+    /// Things that could not be read or repaired.
+    pub failed: u64,
+    /// The first of them: where, and why.
+    pub failures: Vec<String>,
+    /// How long it took, milliseconds; 0 while it runs.
+    pub took_ms: u64,
+}
+
 /// One live mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::containerd;
 use crate::control::{self, Api, Check, Stop};
-use crate::driver::{Driver, DriverConfig};
+use crate::driver::{Driver, DriverConfig, DriverError};
 use crate::follow::Following;
 use crate::frontend::Frontends;
 use crate::metrics::Metrics;
@@ -137,7 +137,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
     tracing::info!(socket = %config.socket.display(), root = %config.root.display(), "ready");
     let for_metrics = for_metrics.map(|listener| tokio::spawn(control::serve_metrics(listener, api.clone())));
     let mut serving = tokio::spawn(control::serve(control.listener, api));
-    let watching = watch_thread(thread, stop.clone());
+    let watching = watch_thread(thread, stop.clone(), config.keeper_socket.clone());
     let watched = tokio::spawn(service::stay_watched(driver.clone()));
     service::ready();
 
@@ -207,17 +207,25 @@ async fn wait_for_end<E: std::error::Error + Send + Sync + 'static>(
     }
 }
 
-type ThreadResult = Result<(), crate::driver::DriverError>;
+type ThreadResult = Result<(), DriverError>;
 
-/// Waits for the driver thread; its end ends the daemon.
+/// Waits for the driver thread; its end ends the daemon. When only its connection to the keeper ended, and another
+/// process goes on with what that held, the daemon starts anew.
 fn watch_thread(
     thread: std::thread::JoinHandle<ThreadResult>,
     stop: watch::Sender<Option<Stop>>,
+    keeper: PathBuf,
 ) -> tokio::task::JoinHandle<anyhow::Result<()>> {
     tokio::task::spawn_blocking(move || {
         let result = thread.join();
-        let unasked = stop.send_if_modified(|stop| stop.is_none() && stop.replace(Stop::Daemon).is_none());
+        let lost = matches!(result, Ok(Err(DriverError::KeeperLost(_)))) && Keeper::connect(&keeper).is_ok();
+        let how = if lost { Stop::Again } else { Stop::Daemon };
+        let unasked = stop.send_if_modified(|stop| stop.is_none() && stop.replace(how).is_none());
         match result {
+            Ok(Err(error)) if lost => {
+                tracing::warn!("{error}; its successor has all that it held, starting anew");
+                Ok(())
+            }
             Ok(Err(error)) => Err(anyhow::Error::new(error).context("the data path ended")),
             Ok(Ok(())) if unasked => anyhow::bail!("the data path ended though nobody asked it to"),
             Ok(Ok(())) => Ok(()),
@@ -363,11 +371,11 @@ fn make_parent(path: &Path) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::DriverError;
 
     async fn ends(result: ThreadResult, asked: bool) -> (Option<Stop>, anyhow::Result<()>) {
         let (stop, stopped) = watch::channel(asked.then_some(Stop::Everything));
-        let ended = watch_thread(std::thread::spawn(move || result), stop).await.unwrap();
+        let ended =
+            watch_thread(std::thread::spawn(move || result), stop, PathBuf::from("/none")).await.unwrap();
         let stop = *stopped.borrow();
         (stop, ended)
     }

@@ -3,11 +3,14 @@
 
 mod world;
 
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use skimmer_client::{AttachMode, Client, ClientError, MountRequest, PrefetchRequest, Record, StartOptions};
+use skimmer_client::{
+    AttachMode, Client, ClientError, MountRequest, PrefetchRequest, Record, ScrubRequest, StartOptions,
+};
 use skimmer_config::Config;
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::testing::FaultServer;
@@ -513,4 +516,58 @@ async fn a_lost_keeper_ends_the_daemon_with_its_words_and_leaves_the_mounts() {
     let record: serde_json::Value = serde_json::from_str(&record).unwrap();
     assert_eq!(record["clean"], false);
     assert_eq!(record["attachments"][0]["mounts"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scrub_finds_what_went_bad_and_repairs_it() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let client = world.start_daemon().await;
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    world.assert_same("mnt");
+    until_ready(&client).await;
+    let clean = client.scrub(&ScrubRequest::default()).await.unwrap();
+    assert!(clean.chunks > 0 && clean.blobs_done == 1 && !clean.running, "{clean:?}");
+    assert_eq!((clean.bad, clean.failed), (0, 0), "{clean:?}");
+
+    // Bytes that change behind the file system's back, in the first block.
+    let blobs = std::fs::read_dir(world.path("root/blobs")).unwrap().map(|entry| entry.unwrap().path());
+    let blob = blobs.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let spoil = || {
+        let file = std::fs::File::options().write(true).open(&blob).unwrap();
+        file.write_all_at(b"not what was verified", 0).unwrap();
+        file.sync_all().unwrap();
+    };
+    spoil();
+    let check = ScrubRequest { check_only: true, ..ScrubRequest::default() };
+    let found = client.scrub(&check).await.unwrap();
+    assert_eq!((found.bad, found.repaired), (1, 0), "{found:?}");
+    // Mounted: it is fetched and written anew.
+    let repaired = client.scrub(&ScrubRequest::default()).await.unwrap();
+    assert_eq!((repaired.bad, repaired.repaired, repaired.failed), (1, 1, 0), "{repaired:?}");
+    assert_eq!(client.scrub(&check).await.unwrap().bad, 0);
+    client.umount(world.path("mnt"), false).await.unwrap();
+    drop_caches();
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    world.assert_same("mnt");
+
+    // Not mounted: the blob is dropped, and fetched when it is needed.
+    client.umount(world.path("mnt"), false).await.unwrap();
+    spoil();
+    let dropped = client.scrub(&ScrubRequest::default()).await.unwrap();
+    assert_eq!((dropped.bad, dropped.repaired), (1, 1), "{dropped:?}");
+    assert!(!blob.exists());
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    world.assert_same("mnt");
+    until_ready(&client).await;
+
+    // Mounted, and the image is gone from where it came.
+    spoil();
+    std::fs::rename(world.path("img"), world.path("gone")).unwrap();
+    let failed = client.scrub(&ScrubRequest::default()).await.unwrap();
+    assert_eq!((failed.bad, failed.repaired, failed.failed), (1, 0, 1), "{failed:?}");
+    assert!(failed.failures[0].contains("bytes 0.."), "{failed:?}");
+    assert_eq!(client.scrubbed().await.unwrap(), failed);
+    world.assert_all_gone(&client).await;
 }

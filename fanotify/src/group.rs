@@ -1,6 +1,6 @@
 //! The group descriptor: marks go in, events come out.
 
-use crate::event::{self, EventError, FAN_PRE_ACCESS, FAN_Q_OVERFLOW};
+use crate::event::{self, AccessRange, EventError, FAN_PRE_ACCESS, FAN_Q_OVERFLOW};
 use crate::sys;
 use crate::token::{PreAccess, deny_unreadable};
 use rustix::io::Errno;
@@ -140,6 +140,18 @@ impl Group {
             }
         })?;
         Ok(Self { fd: Arc::new(fd) })
+    }
+
+    /// The group that another program of this process, or a process with the same descriptors, has made.
+    #[must_use]
+    pub fn inherited(fd: OwnedFd) -> Self {
+        Self { fd: Arc::new(fd) }
+    }
+
+    /// An access that was read before from this group and not answered. `fd` is the event's own descriptor, under the
+    /// number that it came with: the kernel finds the access by it.
+    pub fn left(&self, fd: OwnedFd, range: Option<AccessRange>) -> PreAccess {
+        PreAccess::new(Arc::clone(&self.fd), fd, range, 0)
     }
 
     /// Marks the file behind `file`. Only descriptors that are opened *after* this raise events.

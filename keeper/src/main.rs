@@ -8,15 +8,20 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-usage: skimmer-keeper --socket PATH [--detach] [--device PATH] [--events N] [--oom-score-adj N]
+usage: skimmer-keeper --socket PATH [--detach] [--wait] [--device PATH] [--events N] [--oom-score-adj N]
 
 Holds the fanotify group and /dev/cachefiles for the life of the mounts and relays events to skimmerd.
 
   --socket PATH        where skimmerd connects
   --detach             leave the caller's session, so that nothing that ends it ends the keeper
+  --wait               when another keeper listens there, wait for its end instead of failing
   --device PATH        cachefiles device (default /dev/cachefiles)
   --events N           accesses that can wait at once, 32 to 65535 (default 4096)
   --oom-score-adj N    -1000 to 1000 (default -1000)
+  --ledger-version     print which version of what a keeper holds this one can take over
+
+A second process stands by and goes on when the first one dies. SIGHUP: go on as the program that lies where this one
+was started from. SIGTERM: end, if nothing is held.
 ";
 
 fn main() -> ExitCode {
@@ -26,6 +31,8 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Ok(Parsed::Run { config, detach }) => {
+            // A program that took over was executed by another name.
+            let _ = rustix::thread::set_name(c"skimmer-keeper");
             if detach {
                 // Fails only for the leader of a session, which has left it already.
                 let _ = rustix::process::setsid();
@@ -50,7 +57,7 @@ enum Parsed {
 }
 
 fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
-    let mut config = Config::new("");
+    let mut config = Config { standby: true, ..Config::new("") };
     let mut detach = false;
     while let Some(arg) = args.next() {
         let name = arg.to_string_lossy().into_owned();
@@ -61,6 +68,11 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
             "--events" => config.events = number(&name, value()?, 32, u16::MAX)?,
             "--oom-score-adj" => config.oom_score_adj = number(&name, value()?, -1000, 1000)?,
             "--detach" => detach = true,
+            "--wait" => config.wait = true,
+            "--resume" => config.resume = Some(number(&name, value()?, 3, i32::MAX)?),
+            "--ledger-version" => {
+                return Ok(Parsed::Print(format!("{}\n", skimmer_keeper::server::LEDGER_VERSION)));
+            }
             "--help" | "-h" => return Ok(Parsed::Print(USAGE.into())),
             "--version" | "-V" => {
                 return Ok(Parsed::Print(format!("skimmer-keeper {}\n", env!("CARGO_PKG_VERSION"))));

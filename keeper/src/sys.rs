@@ -1,9 +1,10 @@
 //! The system calls that have no safe wrapper.
 #![allow(unsafe_code)]
 
+use std::ffi::CString;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 fn check(rc: libc::c_int) -> io::Result<libc::c_int> {
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) }
@@ -60,4 +61,61 @@ pub(crate) fn write_lease(writer: BorrowedFd<'_>, take: bool) -> io::Result<()> 
     let kind = if take { libc::F_WRLCK } else { libc::F_UNLCK };
     // SAFETY: the descriptor is open, the argument an integer.
     check(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETLEASE, kind) }).map(drop)
+}
+
+/// A new process that shares our descriptors, so that what either opens or closes is open or closed in both; `None` in
+/// it, its process id in this one. Not for a process with more than one thread.
+pub(crate) fn clone_with_descriptors() -> io::Result<Option<i32>> {
+    let flags = libc::c_long::from(libc::CLONE_FILES | libc::SIGCHLD);
+    let none: libc::c_long = 0;
+    // SAFETY: without CLONE_VM this is a fork: the child has a copy of our memory and goes on on a copy of our stack
+    // (no stack is given). We have one thread, so no lock is held by one that is not copied.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
+    match i32::try_from(pid) {
+        Ok(0) => Ok(None),
+        Ok(pid) if pid > 0 => Ok(Some(pid)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Executes a program with the environment of this one. Returns when that fails.
+pub(crate) fn execute(program: &CString, arguments: &[CString]) -> io::Error {
+    let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.as_ptr()).collect();
+    pointers.push(std::ptr::null());
+    // SAFETY: all strings end with a zero byte and outlive the call, the list of them ends with NULL.
+    unsafe { libc::execv(program.as_ptr(), pointers.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Whether a descriptor of that number is open.
+pub(crate) fn is_open(number: RawFd) -> bool {
+    // SAFETY: F_GETFD takes any number and touches no memory.
+    unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 }
+}
+
+/// Whether the descriptor goes when another program is executed.
+pub(crate) fn close_on_exec(number: RawFd, close: bool) {
+    let flags = if close { libc::FD_CLOEXEC } else { 0 };
+    // SAFETY: F_SETFD takes any number and touches no memory.
+    unsafe { libc::fcntl(number, libc::F_SETFD, flags) };
+}
+
+/// The descriptor of that number, which the program before this one left open. Only once for each number, and before
+/// anything else in this process owns it.
+pub(crate) fn inherited(number: RawFd) -> Option<OwnedFd> {
+    if number <= 2 || !is_open(number) {
+        return None;
+    }
+    close_on_exec(number, true);
+    // SAFETY: it is open, and the caller sees to it that nobody else in this process owns it.
+    Some(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Looks at the descriptor of that number; `None` when none is open or `look` finds nothing.
+pub(crate) fn borrowed<T>(number: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> Option<T>) -> Option<T> {
+    if !is_open(number) {
+        return None;
+    }
+    // SAFETY: it is open, and this process has one thread, which closes nothing while it looks.
+    look(unsafe { BorrowedFd::borrow_raw(number) })
 }

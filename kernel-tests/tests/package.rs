@@ -162,7 +162,16 @@ impl System {
         self.sh("dpkg --force-confmiss -i /media/skimmer_*-2_*.deb && test -f /etc/skimmer/config.toml")?;
         ensure!(self.pid("skimmerd")? != daemon, "the old daemon goes on");
         ensure!(self.pid("skimmer-keeper")? == keeper, "the keeper was restarted");
+        let runs = self.sh(&format!("readlink /proc/{keeper}/exe"))?;
+        ensure!(runs == "/usr/sbin/skimmer-keeper", "the keeper is {runs}");
         self.check(&container, 4)?;
+
+        step("kill the keeper");
+        self.sh(&format!("kill -9 {keeper}"))?;
+        self.check(&container, 6)?;
+        ensure!(self.pid("skimmer-keeper")? != keeper, "it is the same process");
+        self.sh("systemctl reload skimmer-keeper && systemctl is-active skimmer-keeper")?;
+        self.check(&container, 7)?;
 
         step("it cannot be removed under a container");
         let refused = self.machine.run(&["dpkg", "-r", "skimmer"], PATIENCE)?;

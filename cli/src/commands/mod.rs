@@ -13,6 +13,7 @@ pub(crate) mod optimize;
 pub(crate) mod prefetch;
 pub(crate) mod prepare;
 pub(crate) mod record;
+pub(crate) mod scrub;
 pub(crate) mod status;
 pub(crate) mod top;
 pub(crate) mod umount;

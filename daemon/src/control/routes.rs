@@ -7,7 +7,8 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use skimmer_client::{
     ApiError, Mount, MountRequest, PrefetchReport, PrefetchRequest, PrepareRequest, Prepared, PreparedQuery,
-    Recording, RecordingQuery, ShutdownReport, ShutdownRequest, StatusReport, UmountQuery,
+    Recording, RecordingQuery, ScrubReport, ScrubRequest, ShutdownReport, ShutdownRequest, StatusReport,
+    UmountQuery,
 };
 
 use utoipa::OpenApi;
@@ -39,6 +40,7 @@ fn described() -> (Router<Api>, utoipa::openapi::OpenApi) {
         .routes(routes!(mounts, mount, umount))
         .routes(routes!(prepared, prepare, release))
         .routes(routes!(prefetch))
+        .routes(routes!(scrubbed, scrub, stop_scrub))
         .routes(routes!(recording))
         .routes(routes!(shutdown))
         .routes(routes!(reload))
@@ -219,6 +221,44 @@ async fn prefetch(
 ) -> Result<Json<PrefetchReport>, Refusal> {
     let Json(request) = body?;
     Ok(Json(api.mounts.prefetch(&request).await?))
+}
+
+/// How far the scrub is, or what the last one came to.
+#[utoipa::path(
+    get,
+    path = "/v1/scrub",
+    responses((status = 200, description = "What was read and found.", body = ScrubReport)),
+)]
+async fn scrubbed(State(api): State<Api>) -> Json<ScrubReport> {
+    Json(api.mounts.scrubbing().report())
+}
+
+/// Reads the cache again, compares it with the digests and repairs it; answers at its end.
+#[utoipa::path(
+    post,
+    path = "/v1/scrub",
+    request_body = ScrubRequest,
+    responses((status = 200, description = "What was read, found and repaired.", body = ScrubReport), (status = "default", description = "What failed, where, and what to do.", body = ApiError)),
+)]
+async fn scrub(
+    State(api): State<Api>,
+    body: Result<Json<ScrubRequest>, JsonRejection>,
+) -> Result<Json<ScrubReport>, Refusal> {
+    let Json(request) = body?;
+    // A task of its own: it goes on when the caller hangs up.
+    let work = tokio::spawn(async move { api.mounts.scrub(request).await });
+    Ok(Json(work.await.map_err(Failure::from)??))
+}
+
+/// Ends the scrub that runs, after the chunk that it reads.
+#[utoipa::path(
+    delete,
+    path = "/v1/scrub",
+    responses((status = 200, description = "What it came to so far.", body = ScrubReport)),
+)]
+async fn stop_scrub(State(api): State<Api>) -> Json<ScrubReport> {
+    api.mounts.scrubbing().stop();
+    Json(api.mounts.scrubbing().report())
 }
 
 /// What was read and fetched through a mount that is recorded.

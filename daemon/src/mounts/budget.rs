@@ -118,7 +118,7 @@ fn mark(budget: u64, keep_percent: u64, space: Option<(u64, u64)>, used: u64) ->
 }
 
 /// Whether a superblock, the data path or the kernel has it.
-fn is_needed(state: &State, item: &Item) -> bool {
+pub(super) fn is_needed(state: &State, item: &Item) -> bool {
     match item {
         Item::Blob(blob) => {
             state.uses(*blob)

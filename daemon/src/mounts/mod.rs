@@ -21,6 +21,7 @@ mod readahead;
 mod recording;
 mod release;
 mod restore;
+mod scrub;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -42,6 +43,7 @@ use skimmer_config::Config;
 
 pub use budget::CacheUse;
 pub use failure::{Failure, Kind};
+pub use scrub::Scrub;
 
 /// How often what could not be released at once is tried again, and mounts that were taken down by others are noticed.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -110,6 +112,7 @@ pub struct Mounts {
     /// What status requests say about the attach modes; found out by trying, so not at each request.
     modes: StdMutex<Option<(Instant, Vec<ModeReport>)>>,
     cache: CacheUse,
+    scrub: Scrub,
 }
 
 #[derive(Default)]
@@ -235,6 +238,7 @@ impl Mounts {
             complete: StdMutex::default(),
             modes: StdMutex::default(),
             cache: CacheUse::default(),
+            scrub: Scrub::default(),
         })
     }
 
@@ -244,6 +248,11 @@ impl Mounts {
         let mut mounts: Vec<Mount> = view.iter().flat_map(|attachment| attachment.mounts.clone()).collect();
         mounts.sort_by(|a, b| a.target.cmp(&b.target));
         mounts
+    }
+
+    /// The scrub of the cache.
+    pub fn scrubbing(&self) -> &Scrub {
+        &self.scrub
     }
 
     /// What the cache takes, and gave back.

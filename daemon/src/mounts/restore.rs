@@ -139,7 +139,7 @@ impl Mounts {
     }
 
     /// The sources of an image; those that cannot be made are left out with a log line.
-    fn sources(&self, image: &ImageRecord) -> Vec<Arc<dyn Source>> {
+    pub(super) fn sources(&self, image: &ImageRecord) -> Vec<Arc<dyn Source>> {
         let secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
         let make = |record| {
             self.source_of(record, secrets.get(&record.image))

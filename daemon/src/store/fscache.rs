@@ -76,7 +76,7 @@ impl Store {
     }
 
     /// Where the kernel looks for a cookie.
-    fn cache_path(&self, cookie: &str) -> Result<PathBuf, StoreError> {
+    pub(super) fn cache_path(&self, cookie: &str) -> Result<PathBuf, StoreError> {
         let dir = self.fscache_dir();
         let bad = |error: skimmer_cachefiles::names::NameError| {
             StoreError::io("no cache file name in", &dir, io::Error::other(error.to_string()))

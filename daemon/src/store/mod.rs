@@ -24,6 +24,7 @@ pub mod journal;
 pub mod lock;
 pub mod ready;
 pub mod records;
+pub mod scrub;
 
 use std::io;
 use std::path::{Path, PathBuf};

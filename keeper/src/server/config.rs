@@ -14,6 +14,12 @@ pub struct Config {
     pub oom_score_adj: i32,
     /// Accesses that can wait at once; further ones wait in the kernel's queue.
     pub events: u16,
+    /// When another keeper listens there: wait for its end instead of failing.
+    pub wait: bool,
+    /// Have a second process stand by. Only for a program that is nothing but a keeper: it is executed anew.
+    pub standby: bool,
+    /// The memory file of the program whose place this one takes.
+    pub resume: Option<i32>,
 }
 
 impl Config {
@@ -21,7 +27,15 @@ impl Config {
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         let device = skimmer_cachefiles::device::DEVICE_PATH.into();
-        Self { socket: socket.into(), device, oom_score_adj: -1000, events: 4096 }
+        Self {
+            socket: socket.into(),
+            device,
+            oom_score_adj: -1000,
+            events: 4096,
+            wait: false,
+            standby: false,
+            resume: None,
+        }
     }
 }
 
@@ -41,6 +55,12 @@ pub enum StartError {
         /// Cause.
         source: io::Error,
     },
+    /// What another program held cannot be taken over.
+    #[error("taking over: {0}")]
+    Resume(#[source] io::Error),
+    /// There is no memory file.
+    #[error("a memory file for what is held: {0}")]
+    Ledger(#[source] io::Error),
     /// Signals could not be redirected.
     #[error("redirecting signals: {0}")]
     Signals(#[source] io::Error),

@@ -8,6 +8,12 @@ const SLOT_BITS: u32 = 16;
 /// More slots than this have no name.
 pub(crate) const SLOTS_MAX: u16 = u16::MAX;
 
+/// The slot that an event's name speaks of.
+pub(crate) fn slot_of(id: EventId) -> usize {
+    let [.., high, low] = id.0.to_be_bytes();
+    usize::from(u16::from_be_bytes([high, low]))
+}
+
 /// One waiting access.
 #[derive(Debug)]
 pub(crate) struct Event<T> {
@@ -49,17 +55,37 @@ impl<T> EventTable<T> {
     }
 
     /// Takes an access in. Without a free slot its token is dropped, which denies it; callers look at [`Self::free`] first.
-    pub(crate) fn insert(&mut self, file: FileId, offset: u64, count: u64, token: T) {
-        let Some(slot) = self.free.pop() else { return };
+    pub(crate) fn insert(&mut self, file: FileId, offset: u64, count: u64, token: T) -> Option<EventId> {
+        let slot = self.free.pop()?;
         let id = EventId(self.next << SLOT_BITS | u64::from(slot));
         self.next += 1;
         self.slots[usize::from(slot)] = Some(Event { id, file, offset, count, sent: false, token });
         self.unsent.push_back(slot);
+        Some(id)
+    }
+
+    /// Takes an access in that another process had named; false when its slot is not free.
+    pub(crate) fn restore(&mut self, id: EventId, file: FileId, offset: u64, count: u64, token: T) -> bool {
+        let slot = slot_of(id);
+        let Some(place) = self.free.iter().position(|&free| usize::from(free) == slot) else { return false };
+        let slot = self.free.swap_remove(place);
+        self.slots[usize::from(slot)] = Some(Event { id, file, offset, count, sent: false, token });
+        self.unsent.push_back(slot);
+        true
+    }
+
+    /// What the next name counts from; after [`EventTable::count_from`] with it no name comes twice.
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    pub(crate) fn count_from(&mut self, next: u64) {
+        self.next = self.next.max(next);
     }
 
     /// Takes the access of that name out to answer it; `None` for a name that does not wait.
     pub(crate) fn take(&mut self, id: EventId) -> Option<(FileId, T)> {
-        let slot = u16::try_from(id.0 & u64::from(u16::MAX)).ok()?;
+        let slot = u16::try_from(slot_of(id)).ok()?;
         let entry = self.slots.get_mut(usize::from(slot))?;
         let event = entry.take_if(|event| event.id == id)?;
         if !event.sent {

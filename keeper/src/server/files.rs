@@ -1,13 +1,16 @@
 //! The files whose mark the keeper holds.
 
 use crate::protocol::{Errno, FileId, Label};
+use crate::server::ledger::{FILES_MAX, FileRecord, Ledger};
+use crate::server::log::log;
 use crate::server::present::Present;
 use crate::sys;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno as Sys;
 use skimmer_fanotify::Group;
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::rc::Rc;
 
 /// How many inodes are remembered as complete after their mark went.
 const REMEMBERED: usize = 4096;
@@ -34,6 +37,21 @@ pub(crate) struct Watched {
     pending: u32,
     /// Complete and unmarked; goes when its last access is answered.
     draining: bool,
+    /// Of the ledger.
+    slot: usize,
+}
+
+impl Watched {
+    fn record(&self, file: FileId) -> FileRecord {
+        FileRecord {
+            file,
+            label: self.label,
+            inode: [self.inode.0, self.inode.1],
+            writer: self.writer.as_raw_fd(),
+            draining: self.draining,
+            mapped: self.present.mapped(),
+        }
+    }
 }
 
 /// What to do with an access.
@@ -56,17 +74,86 @@ pub(crate) struct Files {
     complete: Box<[Option<Inode>]>,
     next_complete: usize,
     max: usize,
+    ledger: Rc<Ledger>,
+    /// Slots of the ledger below `next_slot` that are free.
+    free_slots: Vec<usize>,
+    next_slot: usize,
 }
 
 impl Files {
-    pub(crate) fn new(max: usize) -> Self {
+    pub(crate) fn new(max: usize, ledger: Rc<Ledger>) -> Self {
+        let max = max.min(FILES_MAX);
         Self {
+            ledger,
+            free_slots: Vec::new(),
+            next_slot: 0,
             by_id: HashMap::with_capacity(max.min(REMEMBERED)),
             by_inode: HashMap::with_capacity(max.min(REMEMBERED)),
             complete: vec![None; REMEMBERED].into(),
             next_complete: 0,
             max,
         }
+    }
+
+    /// Files that another process watched, as it wrote them down; `adopt` gives the descriptor of a number. Their marks
+    /// are set once more: the other may have ended between removing one and writing that down.
+    pub(crate) fn resume(
+        max: usize,
+        ledger: Rc<Ledger>,
+        group: Option<&Group>,
+        mut adopt: impl FnMut(RawFd) -> Option<OwnedFd>,
+    ) -> Result<Self, Sys> {
+        let mut files = Self::new(max, Rc::clone(&ledger));
+        files.next_slot =
+            usize::try_from(ledger.header().files).map_or(FILES_MAX, |files| files.min(FILES_MAX));
+        for slot in 0..files.next_slot {
+            let Some(record) = ledger.file(slot)? else {
+                files.free_slots.push(slot);
+                continue;
+            };
+            let Some(writer) = adopt(record.writer) else {
+                log!(
+                    "{}: its descriptor {} is lost; it is not watched any more",
+                    record.label,
+                    record.writer
+                );
+                files.free_slots.push(slot);
+                ledger.clear_file(slot);
+                continue;
+            };
+            if let (Some(group), false) = (group, record.draining)
+                && let Err(error) = group.mark(&writer)
+            {
+                log!("{}: {error}", record.label);
+            }
+            let inode = Inode(record.inode[0], record.inode[1]);
+            let mut present = Present::new(record.mapped, files.mapped());
+            ledger.map(slot, present.words())?;
+            let FileRecord { file, label, draining, .. } = record;
+            files.by_inode.insert(inode, file);
+            let watched = Watched { label, writer, inode, present, pending: 0, draining, slot };
+            files.by_id.insert(file, watched);
+        }
+        for (index, entry) in files.complete.iter_mut().enumerate() {
+            *entry = ledger.complete(index)?.map(|[device, inode]| Inode(device, inode));
+        }
+        Ok(files)
+    }
+
+    /// Whose accesses come with descriptors of this inode.
+    pub(crate) fn of_inode(&self, inode: Inode) -> Option<FileId> {
+        self.by_inode.get(&inode).copied()
+    }
+
+    /// Lets go of complete files that nothing waits for.
+    pub(crate) fn forget_all_drained(&mut self) {
+        for file in self.draining() {
+            self.forget_drained(file);
+        }
+    }
+
+    fn mapped(&self) -> u64 {
+        self.by_id.values().map(|watched| watched.present.mapped()).sum()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -108,13 +195,22 @@ impl Files {
         }
         group.mark(&writer).map_err(|error| Errno::new(error.raw_os_error()).unwrap_or(Errno::IO))?;
         // What was said of this inode's last life is no longer true.
-        for entry in &mut self.complete {
-            entry.take_if(|known| *known == inode);
+        for (index, entry) in self.complete.iter_mut().enumerate() {
+            if entry.take_if(|known| *known == inode).is_some() {
+                self.ledger.set_complete(index, [0, 0]);
+            }
         }
-        let mapped = self.by_id.values().map(|watched| watched.present.mapped()).sum();
-        let present = Present::new(u64::try_from(stat.st_size).unwrap_or(0), mapped);
+        let present = Present::new(u64::try_from(stat.st_size).unwrap_or(0), self.mapped());
+        let slot = self.free_slots.pop().unwrap_or_else(|| {
+            self.next_slot += 1;
+            self.ledger.update(|header| header.files = u32::try_from(self.next_slot).unwrap_or(u32::MAX));
+            self.next_slot - 1
+        });
+        let watched = Watched { label, writer, inode, present, pending: 0, draining: false, slot };
+        // Behind the mark: without it nobody may take the file for watched.
+        self.ledger.set_file(slot, &watched.record(file));
         self.by_inode.insert(inode, file);
-        self.by_id.insert(file, Watched { label, writer, inode, present, pending: 0, draining: false });
+        self.by_id.insert(file, watched);
         Ok(())
     }
 
@@ -125,6 +221,8 @@ impl Files {
         if complete {
             unmark(group, watched)?;
             watched.draining = true;
+            self.ledger.set_file(watched.slot, &watched.record(file));
+            self.ledger.set_complete(self.next_complete, [inode.0, inode.1]);
             self.complete[self.next_complete] = Some(inode);
             self.next_complete = (self.next_complete + 1) % self.complete.len();
             self.forget_drained(file);
@@ -147,7 +245,8 @@ impl Files {
     /// These bytes of the file are filled.
     pub(crate) fn filled(&mut self, file: FileId, offset: u64, count: u64) {
         if let Some(watched) = self.by_id.get_mut(&file) {
-            watched.present.insert(offset, count);
+            let (first, words) = watched.present.insert(offset, count);
+            self.ledger.set_map(watched.slot, first, words);
         }
     }
 
@@ -197,6 +296,9 @@ impl Files {
     fn remove(&mut self, file: FileId) {
         if let Some(watched) = self.by_id.remove(&file) {
             self.by_inode.remove(&watched.inode);
+            // Before its descriptor closes, whose number would come to mean another file.
+            self.ledger.clear_file(watched.slot);
+            self.free_slots.push(watched.slot);
         }
     }
 }
@@ -232,7 +334,7 @@ mod tests {
         }
         let group = Group::new(EventAccess::ReadOnly).unwrap();
         let label = Label::new("").unwrap();
-        let mut files = Files::new(2);
+        let mut files = Files::new(2, Rc::new(Ledger::new().unwrap()));
         let (first, writer, inode) = file(&dir, "first");
         assert_eq!(files.judge(inode), Verdict::Deny);
         files.watch(&group, FileId(1), label, writer).unwrap();
@@ -262,7 +364,7 @@ mod tests {
         }
         let group = Group::new(EventAccess::ReadOnly).unwrap();
         let label = Label::new("").unwrap();
-        let mut files = Files::new(1);
+        let mut files = Files::new(1, Rc::new(Ledger::new().unwrap()));
         let (_one, writer, _) = file(&dir, "one");
         files.watch(&group, FileId(1), label, writer).unwrap();
         let (_two, writer, inode) = file(&dir, "two");

@@ -1,12 +1,14 @@
 //! The listening socket: one keeper per path, nobody else may connect.
 
 use super::StartError;
+use super::log::log;
+use crate::sys;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 /// Listens; removes its socket file when dropped.
@@ -15,11 +17,12 @@ pub(crate) struct Listener {
     socket: OwnedFd,
     path: PathBuf,
     /// Held for life: whoever has it owns the socket's path.
-    _lock: OwnedFd,
+    lock: OwnedFd,
 }
 
 impl Listener {
-    pub(crate) fn new(path: &Path) -> Result<Self, StartError> {
+    /// Listens there. When another keeper does, fails or waits for its end.
+    pub(crate) fn new(path: &Path, wait: bool) -> Result<Self, StartError> {
         let mut lock_path = OsString::from(path);
         lock_path.push(".lock");
         let lock_path = PathBuf::from(lock_path);
@@ -30,7 +33,18 @@ impl Listener {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let lock = rustix::fs::open(&lock_path, flags, Mode::RUSR | Mode::WUSR);
         let lock = lock.map_err(fail(&lock_path, "opening the lock file"))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
+        let mut locked = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        if wait && locked == Err(Errno::WOULDBLOCK) {
+            log!("another keeper runs; waiting for its end");
+            // It is meant for that one.
+            sys::ignore_signal(libc::SIGHUP).map_err(|source| StartError::Socket {
+                path: path.into(),
+                what: "waiting",
+                source,
+            })?;
+            locked = rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, FlockOperation::LockExclusive));
+        }
+        locked.map_err(|errno| match errno {
             Errno::WOULDBLOCK => StartError::Running(path.into()),
             errno => fail(&lock_path, "locking")(errno),
         })?;
@@ -53,7 +67,17 @@ impl Listener {
         bound.map_err(fail(&made_path, "binding"))?;
         rustix::net::listen(&socket, 16).map_err(fail(&made_path, "listening"))?;
         rustix::fs::rename(&made_path, path).map_err(fail(path, "moving the socket into place"))?;
-        Ok(Self { socket, path: path.into(), _lock: lock })
+        Ok(Self { socket, path: path.into(), lock })
+    }
+
+    /// The one that another process made.
+    pub(crate) fn inherited(socket: OwnedFd, lock: OwnedFd, path: &Path) -> Self {
+        Self { socket, path: path.into(), lock }
+    }
+
+    /// The numbers of socket and lock.
+    pub(crate) fn raw(&self) -> [RawFd; 2] {
+        [self.socket.as_raw_fd(), self.lock.as_raw_fd()]
     }
 
     /// The next connection, or `None` when nobody waits.

@@ -3,18 +3,23 @@
 mod config;
 mod events;
 mod files;
+mod ledger;
 mod listener;
 mod log;
 mod peer;
 mod present;
 mod process;
+mod resume;
+mod standby;
 mod succession;
 
 use crate::packet::{self, Received};
 use crate::protocol::{Errno, EventId, ProtocolError, Reply, Request};
 pub use config::{Config, StartError};
-use events::EventTable;
+use events::{EventTable, slot_of};
 use files::{Files, Inode, Verdict};
+pub use ledger::VERSION as LEDGER_VERSION;
+use ledger::{EventRecord, Ledger, NONE};
 use listener::Listener;
 use log::{Limit, log};
 use peer::{Outgoing, Peer, Process};
@@ -23,15 +28,21 @@ use rustix::io::Errno as Sys;
 use skimmer_fanotify::{
     AnswerError, DenyErrno, EventAccess, EventBuffer, Group, GroupError, Notification, PreAccess,
 };
-use std::os::fd::{AsFd, OwnedFd};
+use standby::Standby;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// Descriptors that are neither event nor watched file.
 const RESERVED_FDS: u64 = 64;
 /// Group reads, commands and sends in one turn of the loop, so that none starves the others.
 const BATCH: usize = 256;
+/// Names of events that are reserved in the ledger at once.
+const NAMES: u64 = 1 << 16;
+/// How long the loop sleeps at most when it could not start a standby.
+const STANDBY_RETRY: Duration = Duration::from_secs(1);
 
 /// The keeper's state.
 #[derive(Debug)]
@@ -43,6 +54,12 @@ pub struct Server {
     files: Files,
     events: EventTable<PreAccess>,
     buffer: EventBuffer,
+    /// What the next process of this keeper begins with.
+    ledger: Rc<Ledger>,
+    /// It waits for our end.
+    standby: Standby,
+    /// Where this program was started from, if others may be started to take over.
+    program: Option<PathBuf>,
     device_path: PathBuf,
     device: Option<OwnedFd>,
     /// The daemon that is served.
@@ -83,7 +100,10 @@ impl Server {
     /// # Errors
     /// [`StartError`].
     pub fn new(config: Config) -> Result<Self, StartError> {
-        let listener = Listener::new(&config.socket)?;
+        if let Some(ledger) = config.resume {
+            return Self::resume(config, ledger).map_err(StartError::Resume);
+        }
+        let listener = Listener::new(&config.socket, config.wait)?;
         let open_files = process::raise_open_files();
         let usable = open_files.saturating_sub(RESERVED_FDS);
         // An event without a descriptor to open would be denied by the kernel, so both tables together fit the limit.
@@ -94,7 +114,13 @@ impl Server {
         if let Err(error) = &group {
             log!("{error}");
         }
-        let (files, events) = (Files::new(max_files), EventTable::new(slots));
+        let ledger = Rc::new(Ledger::new().map_err(|errno| StartError::Ledger(errno.into()))?);
+        let [socket, lock] = listener.raw();
+        ledger.update(|header| {
+            (header.listener, header.lock, header.slots) = (socket, lock, slots);
+            header.group = group.as_ref().map_or(NONE, |group| group.as_fd().as_raw_fd());
+        });
+        let (files, events) = (Files::new(max_files, Rc::clone(&ledger)), EventTable::new(slots));
         // Last, so that what is allocated above is locked too.
         let signals = process::harden(config.oom_score_adj).map_err(StartError::Signals)?;
         log!("listening on {}, {slots} events, {max_files} files", config.socket.display());
@@ -105,6 +131,9 @@ impl Server {
             files,
             events,
             buffer: EventBuffer::new(),
+            ledger,
+            standby: Standby::Nobody,
+            program: config.standby.then(standby::own_program),
             device_path: config.device,
             device: None,
             peer: None,
@@ -125,11 +154,13 @@ impl Server {
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
+        self.dismiss_standby();
         log!("stopping, nothing is held");
     }
 
     fn serve(&mut self) {
         while !self.stop {
+            self.keep_standby();
             match self.wait() {
                 Ok(ready) => self.turn(ready),
                 Err(Sys::INTR) => {}
@@ -162,15 +193,20 @@ impl Server {
             (peer.map(|peer| peer.socket.as_fd()), peer_flags),
             (watched_process.map(AsFd::as_fd), PollFlags::IN),
             (successor.map(|(peer, _)| peer.socket.as_fd()), PollFlags::empty()),
+            (self.standby.process().map(AsFd::as_fd), PollFlags::IN),
         ];
         let mut fds = wanted.map(|(fd, flags)| match fd {
             Some(fd) => PollFd::from_borrowed_fd(fd, flags),
             None => PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::empty()),
         });
         let timeout = successor.map(|(_, until)| until.saturating_duration_since(Instant::now()));
+        let retry = (self.program.is_some() && !matches!(self.standby, Standby::Ours { .. }))
+            .then_some(STANDBY_RETRY);
+        let timeout = [timeout, retry].into_iter().flatten().min();
         let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
         rustix::event::poll(&mut fds, timeout.as_ref())?;
-        let [listener, signals, group, peer, process, successor] = fds.map(|fd| fd.revents());
+        // The standby only wakes us: it is looked after before each sleep.
+        let [listener, signals, group, peer, process, successor, _] = fds.map(|fd| fd.revents());
         Ok(Ready {
             listener: listener.contains(PollFlags::IN),
             signals: !signals.is_empty(),
@@ -211,13 +247,13 @@ impl Server {
 
     /// Takes accesses from the kernel into the table.
     fn read_group(&mut self) {
-        let Self { group: Ok(group), files, events, buffer, denials, .. } = self else { return };
+        let Self { group: Ok(group), files, events, ledger, buffer, denials, .. } = self else { return };
         for _ in 0..BATCH {
             if events.free() < EventBuffer::MAX_EVENTS {
                 return;
             }
             let read = group.read(buffer, |notification| match notification {
-                Notification::Access(token) => admit(files, events, denials, token),
+                Notification::Access(token) => admit(files, events, ledger, denials, token),
                 Notification::Overflow => log!("the kernel lost events: reads went through unfilled"),
                 Notification::Malformed(error) => {
                     if denials.pass() {
@@ -286,6 +322,8 @@ impl Server {
                 Err(errno) => Err(errno),
             },
             Request::CloseDevice => {
+                // Before it is closed: its number could come to mean another descriptor.
+                self.ledger.update(|header| header.device = NONE);
                 if self.device.take().is_some() {
                     log!("closed {}", self.device_path.display());
                 }
@@ -319,6 +357,8 @@ impl Server {
         {
             log!("{error}");
         }
+        // Answered and closed by now. A slot whose descriptor is closed waits for nothing.
+        self.ledger.clear_event(slot_of(event));
         self.files.event_answered(file);
         true
     }
@@ -330,6 +370,7 @@ impl Server {
                 error.raw_os_error().and_then(Errno::new).unwrap_or(Errno::IO)
             })?;
             log!("opened {}", self.device_path.display());
+            self.ledger.update(|header| header.device = opened.as_raw_fd());
             self.device = Some(opened);
         }
         Ok(())
@@ -384,6 +425,7 @@ impl Server {
         while let Ok(128) = rustix::io::read(&self.signals, &mut info[..]) {
             let signal = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
             if signal == libc::SIGHUP {
+                self.upgrade();
                 continue;
             }
             if self.holds_anything() {
@@ -429,7 +471,13 @@ struct Ready {
 }
 
 /// Decides about one access: relay, let through or deny.
-fn admit(files: &mut Files, events: &mut EventTable<PreAccess>, denials: &mut Limit, token: PreAccess) {
+fn admit(
+    files: &mut Files,
+    events: &mut EventTable<PreAccess>,
+    ledger: &Ledger,
+    denials: &mut Limit,
+    token: PreAccess,
+) {
     let (inode, stat) = match Inode::of(token.as_fd()) {
         Ok(found) => found,
         Err(errno) => {
@@ -447,7 +495,13 @@ fn admit(files: &mut Files, events: &mut EventTable<PreAccess>, denials: &mut Li
                 return drop(token.allow());
             }
             files.event_added(file);
-            events.insert(file, offset, count, token);
+            if events.next() >= ledger.header().next_event {
+                ledger.update(|header| header.next_event = events.next() + NAMES);
+            }
+            let fd = token.as_fd().as_raw_fd();
+            if let Some(id) = events.insert(file, offset, count, token) {
+                ledger.set_event(slot_of(id), &EventRecord { id: id.0, file, offset, count, fd });
+            }
         }
         Verdict::Allow => drop(token.allow()),
         Verdict::Deny => {

@@ -8,7 +8,7 @@ use rustix::io::Errno as Sys;
 use rustix::process::{Pid, PidfdFlags};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// With this many replies unsent no further command is read.
 const REPLIES_MAX: usize = 64;
@@ -21,6 +21,21 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// The process of that number, which must be known to be the right one: a child of ours.
+    pub(crate) fn open(pid: i32) -> io::Result<Self> {
+        let process = Pid::from_raw(pid).ok_or_else(|| io::Error::other("no process id"))?;
+        Ok(Self { pid, fd: rustix::process::pidfd_open(process, PidfdFlags::empty())? })
+    }
+
+    /// By a descriptor that the program before this one had.
+    pub(crate) fn inherited(pid: i32, fd: OwnedFd) -> Self {
+        Self { pid, fd }
+    }
+
+    pub(crate) fn raw(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
     pub(crate) fn is_dead(&self) -> bool {
         let mut ready = [PollFd::new(&self.fd, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -27,13 +27,19 @@ impl Present {
         Self { words: words.into(), size }
     }
 
+    /// The map itself, 64 pages a word.
+    pub(crate) fn words(&mut self) -> &mut [u64] {
+        &mut self.words
+    }
+
     /// Bytes of the file that the map stands for.
     pub(crate) fn mapped(&self) -> u64 {
         self.size
     }
 
-    /// The pages that lie fully in the range are filled; the file's last page counts when its last byte is.
-    pub(crate) fn insert(&mut self, offset: u64, count: u64) {
+    /// The pages that lie fully in the range are filled; the file's last page counts when its last byte is. Returns
+    /// the words that this may have changed, and the number of the first.
+    pub(crate) fn insert(&mut self, offset: u64, count: u64) -> (usize, &[u64]) {
         let end = offset.saturating_add(count).min(self.size);
         let last = if end == self.size { end.div_ceil(PAGE) } else { end / PAGE };
         for page in offset.div_ceil(PAGE)..last {
@@ -42,6 +48,11 @@ impl Present {
                 *word |= 1 << (page % 64);
             }
         }
+        let length = self.words.len();
+        let word = |page: u64| usize::try_from(page / 64).unwrap_or(length).min(length);
+        let first = word(offset.div_ceil(PAGE));
+        let behind = usize::try_from(last.div_ceil(64)).unwrap_or(length).clamp(first, length);
+        (first, &self.words[first..behind])
     }
 
     /// Whether every page that the range touches is filled. A range that is empty or starts behind the end is not: it

@@ -33,7 +33,8 @@ pub(crate) fn raise_open_files() -> u64 {
     limit.maximum.unwrap_or(u64::MAX)
 }
 
-fn lock_memory() {
+/// Keeps every page of this process in memory.
+pub(crate) fn lock_memory() {
     let unlimited = Rlimit { current: None, maximum: None };
     let everything = rustix::process::setrlimit(Resource::Memlock, unlimited).is_ok();
     // Under a finite limit MCL_FUTURE would let allocations fail later, which is worse than a page that is swapped.

@@ -3,6 +3,7 @@
 //! A daemon that was given work and lost its connection may still be writing. Its successor is let in only when its
 //! process is dead, which a pidfd tells (a zombie counts as dead, a reused number does not count as alive).
 
+use super::ledger::NONE;
 use super::log::log;
 use super::peer::{Peer, Process, refuse};
 use super::{Hangup, Server};
@@ -30,7 +31,7 @@ impl Server {
             self.disconnect(&Hangup::Dead);
         }
         if self.fence.as_ref().is_some_and(|fence| fence.pid == newcomer.process.pid || fence.is_dead()) {
-            self.fence = None;
+            self.drop_fence();
         }
         match (&self.peer, &self.fence, &self.successor) {
             (None, None, _) => self.welcome(newcomer),
@@ -73,7 +74,12 @@ impl Server {
         self.events.resend_all();
         log!("serving process {}; {}", peer.process.pid, self.held());
         match peer.send(&welcome, None) {
-            Ok(true) => self.peer = Some(peer),
+            Ok(true) => {
+                self.ledger.update(|header| {
+                    (header.daemon, header.daemon_fd) = (peer.process.pid, peer.process.raw());
+                });
+                self.peer = Some(peer);
+            }
             // A fresh socket has room; without it something is badly wrong with this peer.
             Ok(false) | Err(_) => log!("process {} is gone before its welcome", peer.process.pid),
         }
@@ -84,8 +90,15 @@ impl Server {
             self.disconnect(&Hangup::Dead);
         }
         if self.fence.as_ref().is_some_and(Process::is_dead) {
-            self.fence = None;
+            self.drop_fence();
         }
+    }
+
+    /// The last daemon may be dead or come back. First of all the ledger must not name its descriptor any more, whose
+    /// number could come to mean another one.
+    fn drop_fence(&mut self) {
+        self.ledger.update(|header| (header.daemon, header.daemon_fd) = (NONE, NONE));
+        self.fence = None;
     }
 
     /// Ends a connection. What was not answered waits for the next daemon, except for files that are complete.
@@ -102,7 +115,14 @@ impl Server {
         }
         if peer.entrusted && !peer.process.is_dead() {
             self.fence = Some(peer.process);
+        } else {
+            self.ledger.update(|header| (header.daemon, header.daemon_fd) = (NONE, NONE));
         }
+        self.answer_drained();
+    }
+
+    /// Lets accesses to complete files go on.
+    pub(super) fn answer_drained(&mut self) {
         for file in self.files.draining() {
             while let Some(event) = self.events.of_file(file) {
                 self.answer(event, None);

@@ -37,6 +37,10 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("more_readers_than_slots", more_readers_than_slots),
     ("one_keeper_per_socket", one_keeper_per_socket),
     ("killed_daemons_cost_no_byte", killed_daemons_cost_no_byte),
+    ("a_standby_takes_over", a_standby_takes_over),
+    ("an_upgrade_keeps_everything", an_upgrade_keeps_everything),
+    ("killed_keepers_cost_no_byte", killed_keepers_cost_no_byte),
+    ("with_nobody_left_readers_get_zeros", with_nobody_left_readers_get_zeros),
 ];
 
 fn a_read_waits_for_its_bytes(bench: &Bench) {
@@ -176,7 +180,7 @@ fn nothing_ends_it_while_it_holds_something(bench: &Bench) {
     let (path, writer) = bench.sparse("blob", LEN);
     assert_eq!(client.watch(7, "", &writer), 0);
     assert_eq!(client.done(Command::Stop), EBUSY);
-    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::PIPE, Signal::IO] {
+    for signal in [Signal::TERM, Signal::INT, Signal::PIPE, Signal::IO] {
         rustix::process::kill_process(keeper.pid(), signal).unwrap();
     }
     let reader = read(&path, 0, 4096);
@@ -344,9 +348,95 @@ fn one_keeper_per_socket(bench: &Bench) {
 }
 
 /// Daemons are killed again and again under four readers that compare every byte.
+/// What is held when the server dies or executes another program: a file with a filled half, and a reader of the other.
+fn goes_on(bench: &Bench, keeper: &mut KeeperProcess, end: impl FnOnce(&mut KeeperProcess)) {
+    let (mut client, _) = bench.connect();
+    let (path, writer) = bench.sparse("blob", LEN);
+    assert_eq!(client.watch(7, "the blob", &writer), 0);
+    let (_other, unneeded) = bench.sparse("other", LEN);
+    assert_eq!(client.watch(9, "", &unneeded), 0);
+    fill(&writer, 0, LEN / 2);
+    client.present(7, 0, LEN / 2);
+    let hole = read(&path, LEN / 2, 4096);
+    let (event, ..) = client.event();
+    assert_eq!(client.unwatch(9, false), 0);
+    end(keeper);
+
+    assert!(matches!(client.lost(), KeeperError::Closed));
+    // Filled ranges need no daemon.
+    let half = usize::try_from(LEN / 2).unwrap();
+    assert_eq!(read(&path, 0, half).join().unwrap().unwrap(), expected(0, half));
+    assert!(!hole.is_finished(), "nobody has answered it");
+    let (mut client, mut welcome) = bench.connect();
+    let held = welcome.files.pop().unwrap();
+    assert!(welcome.files.is_empty());
+    assert_eq!((held.file, held.label.as_str()), (FileId(7), "the blob"));
+    let (again, file, offset, count) = client.event();
+    assert_eq!((again, file), (event, FileId(7)));
+    let writer = File::from(held.fd);
+    fill(&writer, offset, count);
+    client.allow(again);
+    assert_eq!(hole.join().unwrap().unwrap(), expected(LEN / 2, 4096));
+    // What comes after it waits too, and has another name.
+    let next = read(&path, LEN / 4 * 3, 4096);
+    let (later, _, offset, count) = client.event();
+    assert!(later.0 > event.0);
+    fill(&writer, offset, count);
+    client.allow(later);
+    assert_eq!(next.join().unwrap().unwrap(), expected(LEN / 4 * 3, 4096));
+    drop(writer);
+    drain(&mut client);
+    keeper.wait_for_all();
+    assert!(!bench.socket().exists());
+}
+
+fn a_standby_takes_over(bench: &Bench) {
+    let mut keeper = bench.start(&[]);
+    goes_on(bench, &mut keeper, |keeper| {
+        rustix::process::kill_process(keeper.pid(), Signal::KILL).unwrap();
+        keeper.wait();
+    });
+}
+
+fn an_upgrade_keeps_everything(bench: &Bench) {
+    let mut keeper = bench.start(&[]);
+    goes_on(bench, &mut keeper, |keeper| {
+        rustix::process::kill_process(keeper.pid(), Signal::HUP).unwrap();
+    });
+}
+
+/// What the others here rely on would show: without the two processes the kernel lets readers through unfilled.
+fn with_nobody_left_readers_get_zeros(bench: &Bench) {
+    let mut keeper = bench.start(&[]);
+    let (mut client, _) = bench.connect();
+    let (path, writer) = bench.sparse("blob", LEN);
+    assert_eq!(client.watch(7, "", &writer), 0);
+    let reader = read(&path, 0, 4096);
+    client.event();
+    keeper.kill();
+    keeper.wait_for_all();
+    assert_eq!(reader.join().unwrap().unwrap(), vec![0; 4096]);
+}
+
+/// Server and standby are killed in turn and at random, while readers compare every byte.
+fn killed_keepers_cost_no_byte(bench: &Bench) {
+    kill_under_readers(bench, |keeper, kill| {
+        let members = keeper.members();
+        // Which of them is the server changes with every kill.
+        let victim = members[usize::try_from(kill).unwrap() % members.len()];
+        let _ = rustix::process::kill_process(victim, Signal::KILL);
+        false
+    });
+}
+
 fn killed_daemons_cost_no_byte(bench: &Bench) {
+    kill_under_readers(bench, |_, _| true);
+}
+
+/// `kill` is called again and again; true: the daemon is to be killed.
+fn kill_under_readers(bench: &Bench, mut kill: impl FnMut(&mut KeeperProcess, u64) -> bool) {
     const KILLS: u64 = 50;
-    const SIZE: u64 = 1 << 30;
+    const SIZE: u64 = 256 << 20;
     const READ: usize = 16 * 1024;
     let mut keeper = bench.start(&[]);
     bench.connect();
@@ -382,12 +472,14 @@ fn killed_daemons_cost_no_byte(bench: &Bench) {
                 }
             });
         }
-        let _end = EndReaders { done: &done, keeper: &mut keeper };
-        for kill in 0..KILLS {
-            thread::sleep(Duration::from_millis(5 + kill % 7 * 5));
-            worker.kill();
-            worker = bench.worker(&["serve", path.to_str().unwrap()]);
-            assert_eq!(worker.line(), "watching");
+        let end = EndReaders { done: &done, keeper: &mut keeper };
+        for number in 0..KILLS {
+            thread::sleep(Duration::from_millis(5 + number % 7 * 5));
+            if kill(end.keeper, number) {
+                worker.kill();
+                worker = bench.worker(&["serve", path.to_str().unwrap()]);
+                assert_eq!(worker.line(), "watching");
+            }
         }
         // The last worker still serves what waits when the readers are told to end.
     });
@@ -395,11 +487,11 @@ fn killed_daemons_cost_no_byte(bench: &Bench) {
     eprintln!("{KILLS} kills, {reads} reads, {wrong:?} wrong bytes, {errors:?} errors");
     assert!(reads > KILLS, "the readers must have been at work");
     assert_eq!((wrong.into_inner(), errors.into_inner()), (0, 0));
-    assert!(keeper.is_running());
     worker.kill();
     let (mut client, welcome) = bench.connect();
     assert_eq!(welcome.files.len(), 1);
     drain(&mut client);
+    keeper.wait_for_all();
 }
 
 /// Tells the readers to end; when the scenario fails half way it also sets free those that wait.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Stdio};
 use std::sync::Mutex;
@@ -31,7 +32,7 @@ pub(crate) fn bounded<T>(scenario: impl FnOnce() -> T) -> T {
             if ended.recv_timeout(2 * PATIENCE) == Err(RecvTimeoutError::Timeout) {
                 eprintln!("this hangs: killing its keepers");
                 for &pid in &*RUNNING.lock().unwrap() {
-                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                    let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
                 }
             }
         });
@@ -90,6 +91,8 @@ impl Bench {
             .arg(self.socket())
             .args(args)
             .stdin(Stdio::null())
+            // All of its processes can be killed at once.
+            .process_group(0)
             .spawn()
             .unwrap();
         let keeper = KeeperProcess(child);
@@ -139,8 +142,33 @@ impl KeeperProcess {
         status
     }
 
+    /// The process that was started and the one that stands by, so that nobody is left.
     pub(crate) fn kill(&mut self) {
-        self.0.kill().unwrap();
+        let _ = rustix::process::kill_process_group(self.pid(), rustix::process::Signal::KILL);
+    }
+
+    /// The server and the one that stands by, whichever is which.
+    pub(crate) fn members(&self) -> Vec<rustix::process::Pid> {
+        let group = self.pid().as_raw_nonzero().get().to_string();
+        let stat = |entry: std::fs::DirEntry| std::fs::read_to_string(entry.path().join("stat")).ok();
+        let stats = std::fs::read_dir("/proc").unwrap().filter_map(|entry| stat(entry.unwrap()));
+        // `pid (comm) state ppid pgrp …`; a name may hold anything, so the fields are counted from its end.
+        let members = stats.filter_map(|stat| {
+            let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+            let is_ours = fields.get(2) == Some(&group.as_str()) && fields.first() != Some(&"Z");
+            is_ours.then(|| rustix::process::Pid::from_raw(stat.split(' ').next()?.parse().ok()?)).flatten()
+        });
+        members.collect()
+    }
+
+    /// Waits until none of them is left.
+    pub(crate) fn wait_for_all(&mut self) {
+        let until = Instant::now() + PATIENCE;
+        while !self.members().is_empty() {
+            assert!(Instant::now() < until, "a process of the keeper does not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.wait();
     }
 
     pub(crate) fn is_running(&mut self) -> bool {
@@ -151,7 +179,7 @@ impl KeeperProcess {
 impl Drop for KeeperProcess {
     fn drop(&mut self) {
         RUNNING.lock().unwrap().retain(|&pid| pid != self.pid());
-        let _ = self.0.kill();
+        self.kill();
         let _ = self.0.wait();
     }
 }
@@ -193,10 +221,19 @@ pub(crate) struct Client(pub(crate) Keeper);
 
 impl Client {
     pub(crate) fn next(&mut self) -> Notice {
+        self.try_next().unwrap()
+    }
+
+    /// Why the connection ended.
+    pub(crate) fn lost(&mut self) -> KeeperError {
+        self.try_next().unwrap_err()
+    }
+
+    pub(crate) fn try_next(&mut self) -> Result<Notice, KeeperError> {
         let until = Instant::now() + PATIENCE;
         loop {
-            if let Some(notice) = self.0.recv().unwrap() {
-                return notice;
+            if let Some(notice) = self.0.recv()? {
+                return Ok(notice);
             }
             assert!(Instant::now() < until, "no notice");
             let mut flags = PollFlags::IN;

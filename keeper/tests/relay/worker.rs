@@ -3,10 +3,10 @@
 //! `worker SOCKET connect`: connects and prints the outcome.
 //! `worker SOCKET hold FILE`: watches FILE if it is not watched yet, prints each event, answers none.
 //! `worker SOCKET leave FILE`: watches FILE, closes its connection and lives on.
-//! `worker SOCKET serve FILE`: the same, and fills and answers.
+//! `worker SOCKET serve FILE`: the same, and fills and answers; connects again when it loses its keeper.
 
 use crate::support::{Client, fill};
-use skimmer_keeper::client::{Keeper, Notice};
+use skimmer_keeper::client::{Command, Keeper, Notice};
 use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
@@ -43,7 +43,16 @@ pub(crate) fn main(args: &[String]) {
     println!("watching");
     // A daemon that answers late has more to lose when it dies.
     for turn in 0u64.. {
-        let Notice::Event { event, offset, count, .. } = client.next() else { panic!("no event") };
+        let (event, offset, count) = match client.try_next() {
+            Ok(Notice::Event { event, offset, count, .. }) => (event, offset, count),
+            Ok(Notice::Stale { .. }) => continue,
+            Ok(other) => panic!("{other:?} instead of an event"),
+            Err(_) if mode == "serve" => {
+                client = Client(Keeper::connect(socket).unwrap().0);
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
         if mode == "hold" {
             println!("event {offset}");
             continue;
@@ -52,6 +61,7 @@ pub(crate) fn main(args: &[String]) {
             std::thread::sleep(Duration::from_micros(500));
         }
         fill(&writer, offset, count);
-        client.allow(event);
+        // A keeper that is gone by now asks again.
+        let _ = client.0.send(Command::Answer { event, result: Ok(()) });
     }
 }

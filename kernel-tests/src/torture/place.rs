@@ -30,7 +30,7 @@ impl Place {
             "root = {:?}\nsocket = {:?}\nkeeper_socket = {:?}\n[containerd]\nenable = false\n[cache]\nbudget_mib = {budget_mib}\n",
             self.root,
             self.socket(),
-            self.directory.join("k.sock"),
+            self.keeper_socket(),
         );
         Ok(fs::write(self.config(), text)?)
     }
@@ -41,6 +41,10 @@ impl Place {
 
     pub(super) fn socket(&self) -> PathBuf {
         self.directory.join("d.sock")
+    }
+
+    pub(super) fn keeper_socket(&self) -> PathBuf {
+        self.directory.join("k.sock")
     }
 
     pub(super) fn target(&self) -> PathBuf {
