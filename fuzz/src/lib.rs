@@ -1,7 +1,7 @@
 //! The bodies of the fuzz targets: one module per reader of bytes that come from outside.
 //!
 //! Each `run` takes any bytes and must return; it panics when the code under test breaks a promise. The fuzzing engine
-//! calls it from `targets/` (feature `libfuzzer`, nightly); `tests/fuzz_corpus.rs` calls it with every file of the
+//! calls it from `targets/` (feature `libfuzzer`, `cargo xtask fuzz`); `tests/fuzz_corpus.rs` calls it with every file of the
 //! corpus on any compiler.
 #![forbid(unsafe_code)]
 

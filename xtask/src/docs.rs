@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use skimmer_bench::report;
 
-use crate::run;
+use crate::{fuzz, run};
 
 /// Whether to write or to compare.
 #[derive(clap::Args)]
@@ -22,6 +22,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut stale = Vec::new();
     let mut documents = vec![("cli.md", cli()?), ("configuration.md", configuration()?)];
     documents.push(("performance.md", performance()?));
+    documents.push(("fuzzing.md", fuzzing()?));
     let skimmerd = run::target_dir().join("debug/skimmerd");
     documents.push(("openapi.json", run::output(Command::new(skimmerd).arg("--openapi"))?));
     for (name, text) in documents {
@@ -51,6 +52,26 @@ fn performance() -> Result<String> {
     files.sort();
     let pages: Result<Vec<_>> = files.iter().map(|path| Ok(report::page(&report::read(path)?))).collect();
     Ok(report::performance(&pages?))
+}
+
+fn fuzzing() -> Result<String> {
+    let recorded = fuzz::recorded()?;
+    let (mut rows, mut seconds, mut found) = (String::new(), 0, 0);
+    for name in fuzz::targets()? {
+        let ran = recorded.get(&name).copied().unwrap_or_default();
+        let (minutes, fuzz::Ran { inputs, edges, found: bad, .. }) = (ran.seconds / 60, ran);
+        rows.push_str(&format!("| `{name}` | {minutes} | {inputs} | {edges} | {bad} |\n"));
+        seconds += ran.seconds;
+        found += bad;
+    }
+    Ok(format!(
+        "# Fuzzing\n\nWritten by `cargo xtask docs` from what `cargo xtask fuzz --record` ran so far: {} hours {} minutes on \
+         one processor each, beside other work; {found} inputs broke a promise. [fuzz/](../fuzz/README.md) says what each \
+         target reads.\n\n\
+         | target | minutes | inputs | edges reached | found |\n|---|---|---|---|---|\n{rows}",
+        seconds / 3600,
+        seconds / 60 % 60,
+    ))
 }
 
 fn help(program: &Path, args: &[&str]) -> Result<String> {

@@ -6,6 +6,7 @@ mod bench_ab;
 mod deb;
 mod demo;
 mod docs;
+mod fuzz;
 mod run;
 mod test;
 mod tools;
@@ -31,6 +32,8 @@ enum Command {
     BenchAb(bench_ab::Options),
     /// Kill the daemon again and again under readers who compare every byte.
     Torture(torture::Options),
+    /// Run the fuzz targets.
+    Fuzz(fuzz::Options),
     /// Start a container's program from a registry over a slow link, ours against pull-everything.
     Demo(demo::Options),
 }
@@ -44,6 +47,7 @@ fn main() -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(&options),
         Command::BenchAb(options) => bench_ab::run(&options),
         Command::Torture(options) => torture::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
     }
 }

@@ -1,13 +1,13 @@
 //! `cargo xtask test`: everything that must hold, in one command.
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use skimmer_vm_images::apt;
 
-use crate::{docs, run, tools};
+use crate::{docs, fuzz, run, tools};
 
 /// Programs of Debian that the tests use as real counterparts and oracles.
 const PACKAGES: &[&str] = &[
@@ -66,6 +66,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     step("documents");
     docs::run(&docs::Options { check: true })?;
 
+    // Beside the tests and behind them: the machine is idle often enough.
+    let fuzzing = options.package.is_empty().then(start_fuzzing).transpose()?;
+
     let skips = tempfile::NamedTempFile::new().context("cannot make the list of skipped tests")?;
     let mut totals = Totals::default();
     step("tests");
@@ -88,6 +91,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let args = ["test", "--no-fail-fast", "--manifest-path", "fuzz/Cargo.toml"];
         count(run::cargo(&args).env("CARGO_TARGET_DIR", run::target_dir()), &mut totals)?;
     }
+    if let Some(fuzzing) = fuzzing {
+        step("fuzz targets, a minute each, which ran beside the tests");
+        let output = fuzzing.wait_with_output().context("cannot wait for the fuzz targets")?;
+        print!("{}", String::from_utf8_lossy(&output.stdout));
+        if output.status.success() {
+            totals.passed += u64::try_from(fuzz::targets()?.len())?;
+        } else {
+            eprint!("{}", String::from_utf8_lossy(&output.stderr));
+            totals.failures.push(format!("fuzz targets: {}", output.status));
+        }
+    }
 
     let skipped = std::fs::read_to_string(skips.path()).context("cannot read the list of skipped tests")?;
     let skipped: Vec<&str> = skipped.lines().filter(|line| !line.is_empty()).collect();
@@ -106,6 +120,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         bail!("no test ran");
     }
     Ok(())
+}
+
+/// This program again, with nothing but what others leave of the processors.
+fn start_fuzzing() -> Result<Child> {
+    let own = std::env::current_exe().context("cannot find this program")?;
+    let mut command = Command::new("chrt");
+    command.args(["--idle", "0"]).arg(own).arg("fuzz");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().with_context(|| format!("cannot run {command:?}"))
 }
 
 fn step(name: &str) {

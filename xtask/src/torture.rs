@@ -73,9 +73,9 @@ fn kill(guest: (&str, &str), options: &Options, agent: &Path) -> Result<Row> {
     let seconds = began.elapsed().as_secs();
     println!("kills, {mode}, {place}, {seconds} s: {outcome:?}");
     let result = outcome.check();
-    let Outcome { kills, mounts, reads, misses, wrong, errors, longest_ms, .. } = outcome;
+    let Outcome { kills, keepers, mounts, reads, misses, wrong, errors, longest_ms, .. } = outcome;
     let text = format!(
-        "| {mode} | {place} | {kills} | {mounts} | {reads} | {misses} | {wrong} | {errors} | {longest_ms} ms | {seconds} s |\n"
+        "| {mode} | {place} | {kills} | {keepers} | {mounts} | {reads} | {misses} | {wrong} | {errors} | {longest_ms} ms | {seconds} s |\n"
     );
     Ok(Row { text, result })
 }
@@ -103,10 +103,10 @@ fn write(options: &Options, kills: &[Row], resets: &[Row]) -> Result<()> {
         "# Reliability\n\nWritten by `cargo xtask torture --kills {killed} --resets {cut} --seed {seed} --docs` on {}.\n\n\
          ## The daemon is killed\n\n\
          Eight readers read at random and compare every byte, while `skimmerd` is killed (SIGKILL) at random instants and\n\
-         started again at once; every 20 kills another image of six is mounted, and the cache's budget has those before it\n\
+         started again at once; before about every fourth kill one of the keeper's two processes is killed too. Every 20 kills another image of six is mounted, and the cache's budget has those before it\n\
          evicted. The longest read includes the wait for the next daemon.\n\n\
-         | mode | where | kills | mounts | reads | misses | wrong bytes | errors | longest read | took |\n\
-         |---|---|---|---|---|---|---|---|---|---|\n{}\n\
+         | mode | where | kills | keepers killed | mounts | reads | misses | wrong bytes | errors | longest read | took |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|\n{}\n\
          ## The power goes\n\n\
          A guest is switched off at a random instant while an image is being filled. The next boot mounts the same image and\n\
          compares all of it. Kept is what was there then, of what was ready when the daemon was last asked before.\n\n\
