@@ -1,27 +1,29 @@
 //! `skimmer-keeper`: see the library.
 #![forbid(unsafe_code)]
 
-use skimmer_keeper::server::{Config, Server};
+use rustix::process::{Signal, kill_process};
+use skimmer_keeper::server::{self, Config, Server};
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-usage: skimmer-keeper --socket PATH [--detach] [--wait] [--device PATH] [--events N] [--oom-score-adj N]
+usage: skimmer-keeper --socket PATH [--detach] [--wait] [--reload] [--device PATH] [--events N] [--oom-score-adj N]
 
 Holds the fanotify group and /dev/cachefiles for the life of the mounts and relays events to skimmerd.
 
   --socket PATH        where skimmerd connects
   --detach             leave the caller's session, so that nothing that ends it ends the keeper
   --wait               when another keeper listens there, wait for its end instead of failing
+  --reload             have the keeper that listens there go on as the program that lies on disk, and end
   --device PATH        cachefiles device (default /dev/cachefiles)
   --events N           accesses that can wait at once, 32 to 65535 (default 4096)
   --oom-score-adj N    -1000 to 1000 (default -1000)
   --ledger-version     print which version of what a keeper holds this one can take over
 
-A second process stands by and goes on when the first one dies. SIGHUP: go on as the program that lies where this one
-was started from. SIGTERM: end, if nothing is held.
+A second process stands by and goes on when the first one dies. SIGHUP to the one that serves is what --reload sends.
+SIGTERM: end, if nothing is held.
 ";
 
 fn main() -> ExitCode {
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
             }
             Server::new(config).map(Server::run).map_err(|error| error.to_string())
         }
+        Ok(Parsed::Reload(socket)) => reload(&socket),
         Err(message) => Err(format!("{message}\n{USAGE}")),
     };
     match result {
@@ -54,11 +57,19 @@ fn main() -> ExitCode {
 enum Parsed {
     Print(String),
     Run { config: Config, detach: bool },
+    Reload(PathBuf),
+}
+
+fn reload(socket: &Path) -> Result<(), String> {
+    let at = socket.display();
+    let keeper = server::owner(socket).map_err(|error| format!("{at}: {error}"))?;
+    let keeper = keeper.ok_or_else(|| format!("{at}: no keeper listens there"))?;
+    kill_process(keeper, Signal::HUP).map_err(|errno| format!("{at}: {errno}"))
 }
 
 fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
     let mut config = Config { standby: true, ..Config::new("") };
-    let mut detach = false;
+    let (mut detach, mut reload) = (false, false);
     while let Some(arg) = args.next() {
         let name = arg.to_string_lossy().into_owned();
         let mut value = || args.next().ok_or_else(|| format!("{name} needs a value"));
@@ -69,9 +80,10 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
             "--oom-score-adj" => config.oom_score_adj = number(&name, value()?, -1000, 1000)?,
             "--detach" => detach = true,
             "--wait" => config.wait = true,
+            "--reload" => reload = true,
             "--resume" => config.resume = Some(number(&name, value()?, 3, i32::MAX)?),
             "--ledger-version" => {
-                return Ok(Parsed::Print(format!("{}\n", skimmer_keeper::server::LEDGER_VERSION)));
+                return Ok(Parsed::Print(format!("{}\n", server::LEDGER_VERSION)));
             }
             "--help" | "-h" => return Ok(Parsed::Print(USAGE.into())),
             "--version" | "-V" => {
@@ -83,7 +95,7 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
     if config.socket.as_os_str().is_empty() {
         return Err("--socket PATH is missing".into());
     }
-    Ok(Parsed::Run { config, detach })
+    Ok(if reload { Parsed::Reload(config.socket) } else { Parsed::Run { config, detach } })
 }
 
 /// Paths must mean the same after leaving the working directory.

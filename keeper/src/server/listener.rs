@@ -6,6 +6,7 @@ use crate::sys;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::Pid;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -23,9 +24,7 @@ pub(crate) struct Listener {
 impl Listener {
     /// Listens there. When another keeper does, fails or waits for its end.
     pub(crate) fn new(path: &Path, wait: bool) -> Result<Self, StartError> {
-        let mut lock_path = OsString::from(path);
-        lock_path.push(".lock");
-        let lock_path = PathBuf::from(lock_path);
+        let lock_path = lock_path(path);
         let fail = |path: &Path, what| {
             let path = path.to_owned();
             move |errno: Errno| StartError::Socket { path, what, source: errno.into() }
@@ -67,11 +66,13 @@ impl Listener {
         bound.map_err(fail(&made_path, "binding"))?;
         rustix::net::listen(&socket, 16).map_err(fail(&made_path, "listening"))?;
         rustix::fs::rename(&made_path, path).map_err(fail(path, "moving the socket into place"))?;
+        name_owner(&lock);
         Ok(Self { socket, path: path.into(), lock })
     }
 
     /// The one that another process made.
     pub(crate) fn inherited(socket: OwnedFd, lock: OwnedFd, path: &Path) -> Self {
+        name_owner(&lock);
         Self { socket, path: path.into(), lock }
     }
 
@@ -88,6 +89,39 @@ impl Listener {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+fn lock_path(socket: &Path) -> PathBuf {
+    let mut path = OsString::from(socket);
+    path.push(".lock");
+    PathBuf::from(path)
+}
+
+/// Writes into the lock file who serves.
+fn name_owner(lock: &OwnedFd) {
+    let pid = format!("{:<10}\n", rustix::process::getpid().as_raw_nonzero());
+    if let Err(errno) = rustix::io::pwrite(lock, pid.as_bytes(), 0) {
+        log!("the lock file does not name this process: {errno}");
+    }
+}
+
+/// The keeper that listens at `path`; `None` when there is none.
+///
+/// # Errors
+/// The lock file cannot be read, or names nobody.
+pub fn owner(path: &Path) -> io::Result<Option<Pid>> {
+    let lock = match std::fs::File::open(lock_path(path)) {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) {
+        Err(Errno::WOULDBLOCK) => {}
+        Ok(()) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    }
+    let pid = io::read_to_string(lock)?.trim().parse().ok().and_then(Pid::from_raw);
+    pid.map(Some).ok_or_else(|| io::Error::other("the lock file names no process"))
 }
 
 impl AsFd for Listener {

@@ -21,6 +21,7 @@ use files::{Files, Inode, Verdict};
 pub use ledger::VERSION as LEDGER_VERSION;
 use ledger::{EventRecord, Ledger, NONE};
 use listener::Listener;
+pub use listener::owner;
 use log::{Limit, log};
 use peer::{Outgoing, Peer, Process};
 use rustix::event::{PollFd, PollFlags, Timespec};

@@ -388,6 +388,7 @@ fn goes_on(bench: &Bench, keeper: &mut KeeperProcess, end: impl FnOnce(&mut Keep
     drain(&mut client);
     keeper.wait_for_all();
     assert!(!bench.socket().exists());
+    assert!(!bench.start(&["--reload"]).wait().success(), "nobody is there");
 }
 
 fn a_standby_takes_over(bench: &Bench) {
@@ -400,9 +401,7 @@ fn a_standby_takes_over(bench: &Bench) {
 
 fn an_upgrade_keeps_everything(bench: &Bench) {
     let mut keeper = bench.start(&[]);
-    goes_on(bench, &mut keeper, |keeper| {
-        rustix::process::kill_process(keeper.pid(), Signal::HUP).unwrap();
-    });
+    goes_on(bench, &mut keeper, |_| assert!(bench.start(&["--reload"]).wait().success()));
 }
 
 /// What the others here rely on would show: without the two processes the kernel lets readers through unfilled.
