@@ -125,8 +125,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// This program again, with nothing but what others leave of the processors.
 fn start_fuzzing() -> Result<Child> {
     let own = std::env::current_exe().context("cannot find this program")?;
-    let mut command = Command::new("chrt");
-    command.args(["--idle", "0"]).arg(own).arg("fuzz");
+    let mut command = Command::new("nice");
+    command.args(["-n", "19"]).arg(own).arg("fuzz");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().with_context(|| format!("cannot run {command:?}"))
 }
