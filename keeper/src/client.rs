@@ -184,6 +184,8 @@ fn sys(what: &'static str) -> impl Fn(Sys) -> KeeperError {
 /// A connection to the keeper; non-blocking. Dropping it leaves everything with the keeper for the next daemon.
 #[derive(Debug)]
 pub struct Keeper {
+    /// Where it listens.
+    path: PathBuf,
     socket: OwnedFd,
     next_seq: u32,
     /// Packets that did not fit into the socket yet.
@@ -209,7 +211,7 @@ impl Keeper {
                 _ => sys("connecting")(errno),
             },
         )?;
-        let mut keeper = Self { socket, next_seq: 1, queue: VecDeque::new() };
+        let mut keeper = Self { path: path.into(), socket, next_seq: 1, queue: VecDeque::new() };
         let welcome = keeper.welcome(path)?;
         Ok((keeper, welcome))
     }
@@ -274,6 +276,12 @@ impl Keeper {
                 Err(ProtocolError::Descriptor { kind: reply.name(), expected }.into())
             }
         }
+    }
+
+    /// Whether, after this connection was lost, another process goes on with what the keeper held. Waits for its welcome.
+    #[must_use]
+    pub fn goes_on(&self) -> bool {
+        Self::connect(&self.path).is_ok()
     }
 
     /// Sends a command, or queues it when the socket is full (see [`Keeper::wants_write`]). Returns its sequence number.

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 const USAGE: &str = "\
 usage: skimmer-keeper --socket PATH [--detach] [--wait] [--reload] [--device PATH] [--events N] [--oom-score-adj N]
@@ -40,7 +41,11 @@ fn main() -> ExitCode {
                 let _ = rustix::process::setsid();
                 let _ = std::env::set_current_dir("/");
             }
-            Server::new(config).map(Server::run).map_err(|error| error.to_string())
+            Server::new(config).map(Server::run).map_err(|error| {
+                // Somebody may go on with what this program could not take over, and execute it once more.
+                std::thread::sleep(Duration::from_millis(100));
+                error.to_string()
+            })
         }
         Ok(Parsed::Reload(socket)) => reload(&socket),
         Err(message) => Err(format!("{message}\n{USAGE}")),

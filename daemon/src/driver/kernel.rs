@@ -88,12 +88,13 @@ impl Driver {
     }
 
     /// Without the keeper nothing can be watched or answered any more, and misses would hang or read zeros: the
-    /// driver ends, so that the daemon is started anew with another keeper. With fscache alone it goes on: it is the
-    /// last holder of the device then, and its end would fail every mount.
+    /// driver ends, so that the daemon is started anew with another keeper. With fscache alone, and when no other process
+    /// of the keeper has taken over, it goes on: it is the last holder of the device then, and its end would fail every
+    /// mount.
     pub(super) fn keeper_lost(&mut self, error: &KeeperError) {
         self.waiting.fail_keeper(error);
-        let watches = self.fanotify.as_ref().is_some_and(Fanotify::watches_anything);
-        if self.fscache.is_some() && !watches {
+        let must_end = |fanotify: &Fanotify| fanotify.watches_anything() || fanotify.keeper_goes_on();
+        if self.fscache.is_some() && !self.fanotify.as_ref().is_some_and(must_end) {
             self.fanotify = None;
             let why = "fscache mounts go on, but fail when skimmerd ends: unmount them before that";
             return self.fault(None, &format!("{error}; {why}"));

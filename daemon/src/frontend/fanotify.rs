@@ -93,6 +93,11 @@ impl Fanotify {
         Ok(this)
     }
 
+    /// Whether the lost keeper has a successor with everything that it held.
+    pub(crate) fn keeper_goes_on(&self) -> bool {
+        self.keeper.goes_on()
+    }
+
     /// What the ring polls.
     pub(crate) fn socket(&self) -> &Arc<OwnedFd> {
         &self.socket
