@@ -229,18 +229,14 @@ impl<'a> Node<'a> {
         Ok(matching.map(|(_, value)| value).sum())
     }
 
-    /// The processes of the daemon and of its keeper.
+    /// The processes of the daemon and of its keeper, of whose two the one that serves.
     ///
     /// # Errors
     /// One of them is not there.
     pub fn processes(&self) -> Result<(u32, u32)> {
         let daemon = self.status()?["pid"].as_u64().context("status holds no pid")?;
-        let line = format!(
-            "for p in /proc/[0-9]*; do readlink $p/exe | grep -q skimmer-keeper && \
-             grep -q '{}/keeper.sock' $p/cmdline && echo ${{p#/proc/}}; done; true",
-            self.directory
-        );
-        let found = String::from_utf8(self.machine.check(&["sh", "-c", &line], SHORT)?)?;
+        let lock = format!("{}/keeper.sock.lock", self.directory);
+        let found = String::from_utf8(self.machine.check(&["cat", &lock], SHORT)?)?;
         let keeper =
             found.trim().parse().with_context(|| format!("which process is the keeper? {found:?}"))?;
         Ok((u32::try_from(daemon)?, keeper))

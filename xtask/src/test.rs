@@ -124,9 +124,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// This program again, with nothing but what others leave of the processors.
 fn start_fuzzing() -> Result<Child> {
-    let own = std::env::current_exe().context("cannot find this program")?;
+    // Not this very file, which the build may have replaced.
+    let own = run::target_dir().join("debug/xtask");
     let mut command = Command::new("nice");
-    command.args(["-n", "19"]).arg(own).arg("fuzz");
+    command.args(["-n", "19"]).arg(own).args(["fuzz", "--jobs", "2"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().with_context(|| format!("cannot run {command:?}"))
 }
