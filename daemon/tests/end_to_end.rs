@@ -32,7 +32,7 @@ async fn mount_read_unmount_and_nothing_is_left() {
     assert!(clone.reason.contains("shares"), "{}", clone.reason);
     let again = client.mount(&MountRequest::new(&image, world.path("mnt2"))).await;
     assert!(matches!(again, Err(ClientError::Api { status: 409, .. })), "{again:?}");
-    assert_eq!(client.umount(world.path("mnt"), false).await.unwrap().target, mount.target);
+    assert_eq!(world.umount(&client, "mnt").await.target, mount.target);
     world.assert_same("mnt2");
     until_ready(&client).await;
     // All is there: the kernel may read far ahead. It is told a moment after the mark is gone.
@@ -48,7 +48,7 @@ async fn mount_read_unmount_and_nothing_is_left() {
     let busy = client.umount(world.path("mnt2"), false).await;
     assert!(matches!(busy, Err(ClientError::Api { status: 409, .. })), "{busy:?}");
     drop(open);
-    client.umount(world.path("mnt2"), false).await.unwrap();
+    world.umount(&client, "mnt2").await;
     assert!(client.status().await.unwrap().blobs.is_empty());
 
     let warm = client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
@@ -91,13 +91,13 @@ async fn a_reload_changes_the_configuration_and_nothing_else() {
     let pid = rustix::process::Pid::from_raw(i32::try_from(after.pid).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
     for _ in 0..1500 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
         let Ok(client) = Client::connect(world.socket()).await else { continue };
         let Ok(status) = client.status().await else { continue };
         if status.started_at_ms > after.started_at_ms {
-            client.umount(world.path("mnt"), false).await.unwrap();
+            world.umount(&client, "mnt").await;
             return world.assert_all_gone(&client).await;
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     panic!("the signal does nothing:\n{}", world.log());
 }
@@ -125,7 +125,7 @@ async fn the_cache_keeps_its_budget() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert!(read.await.unwrap() == content(number, 20 << 20), "image {number}\n{}", world.log());
-        client.umount(world.path("mnt"), false).await.unwrap();
+        world.umount(&client, "mnt").await;
         drop_caches();
     }
     assert!(most <= BUDGET, "{most} bytes were used\n{}", world.log());
@@ -278,7 +278,7 @@ async fn a_lie_of_a_source_is_never_shown() {
     assert!(failed > 0, "the blob was damaged");
     let status = client.status().await.unwrap();
     assert!(status.blobs.iter().any(|blob| blob.fault.is_some()), "{status:?}");
-    client.umount(world.path("mnt"), false).await.unwrap();
+    world.umount(&client, "mnt").await;
     // What the mount needed is released, at the latest with the next sweep.
     for _ in 0..1500 {
         if client.status().await.unwrap().blobs.is_empty() {
@@ -352,7 +352,7 @@ async fn a_traced_image_brings_its_start_before_it_is_read() {
     let trace = client.recording(world.path("mnt")).await.unwrap();
     assert!(!trace.reads.is_empty() && !trace.fetches.is_empty() && !trace.cut, "{trace:?}");
     assert!(trace.fetches.iter().all(|fetch| fetch.demand), "exactly what was read: {trace:?}");
-    client.umount(world.path("mnt"), false).await.unwrap();
+    world.umount(&client, "mnt").await;
     // What is cached would be read unseen.
     let refused = client.mount(&request).await;
     let Err(ClientError::Api { status: 409, .. }) = refused else { panic!("{refused:?}") };
@@ -431,7 +431,7 @@ async fn a_traced_image_brings_its_start_before_it_is_read() {
     ahead.target = world.path("mnt");
     assert!(matches!(client.prefetch(&ahead).await, Err(ClientError::Api { status: 404, .. })));
     assert!(matches!(client.recording(world.path("mnt")).await, Err(ClientError::Api { status: 404, .. })));
-    client.umount(world.path("mnt2"), false).await.unwrap();
+    world.umount(&client, "mnt2").await;
     world.assert_all_gone(&client).await;
 }
 
@@ -485,7 +485,7 @@ async fn a_mount_that_a_restart_cannot_serve_is_kept_for_the_next_one() {
         assert_eq!(mounts.len(), 2, "{}", world.log());
         assert!(mounts.iter().all(|mount| mount.fault.is_some()), "{mounts:#?}");
     }
-    client.umount(world.path("mnt2"), false).await.unwrap();
+    world.umount(&client, "mnt2").await;
     world.kill_daemon();
     std::fs::remove_dir(&record).unwrap();
     std::fs::rename(&aside, &record).unwrap();
@@ -547,13 +547,13 @@ async fn a_scrub_finds_what_went_bad_and_repairs_it() {
     let repaired = client.scrub(&ScrubRequest::default()).await.unwrap();
     assert_eq!((repaired.bad, repaired.repaired, repaired.failed), (1, 1, 0), "{repaired:?}");
     assert_eq!(client.scrub(&check).await.unwrap().bad, 0);
-    client.umount(world.path("mnt"), false).await.unwrap();
+    world.umount(&client, "mnt").await;
     drop_caches();
     client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
     world.assert_same("mnt");
 
     // Not mounted: the blob is dropped, and fetched when it is needed.
-    client.umount(world.path("mnt"), false).await.unwrap();
+    world.umount(&client, "mnt").await;
     spoil();
     let dropped = client.scrub(&ScrubRequest::default()).await.unwrap();
     assert_eq!((dropped.bad, dropped.repaired), (1, 1), "{dropped:?}");

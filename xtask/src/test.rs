@@ -126,8 +126,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn start_fuzzing() -> Result<Child> {
     // Not this very file, which the build may have replaced.
     let own = run::target_dir().join("debug/xtask");
-    let mut command = Command::new("nice");
-    command.args(["-n", "19"]).arg(own).args(["fuzz", "--jobs", "2"]);
+    let mut command = Command::new("chrt");
+    command.args(["--idle", "0"]).arg(own).args(["fuzz", "--jobs", "2"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().with_context(|| format!("cannot run {command:?}"))
 }

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use skimmer_client::Client;
+use skimmer_client::{Client, ClientError, Mount};
 use skimmer_fetcher::layout::Layout;
 use skimmer_test_support::{scratch_dir, skip_this};
 use tempfile::TempDir;
@@ -132,6 +132,21 @@ impl World {
         let name = record["attachments"][0]["bdi"].as_str().unwrap().to_owned();
         let path = format!("/sys/class/bdi/{name}/read_ahead_kb");
         move || std::fs::read_to_string(&path).unwrap().trim().parse().unwrap()
+    }
+
+    /// Takes a mount away. A child that another test starts just now has our open files until it executes its program.
+    pub(crate) async fn umount(&self, client: &Client, target: &str) -> Mount {
+        let mut tries = 0;
+        loop {
+            match client.umount(self.path(target), false).await {
+                Ok(mount) => return mount,
+                Err(ClientError::Api { status: 409, .. }) if tries < 200 => {
+                    tries += 1;
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 
     pub(crate) fn log(&self) -> String {
