@@ -19,6 +19,7 @@ const PACKAGES: &[&str] = &[
     "docker-registry",
     "e2fsprogs",
     "erofs-utils",
+    "g++",
     "iproute2",
     "nginx",
     "openssl",
