@@ -96,7 +96,8 @@ impl Mounts {
                 .remedy("wait for its end, or stop it: skimmer scrub --stop"));
         }
         self.scrub.stop.store(false, Ordering::Relaxed);
-        let pace = Pace { bytes_per_second: request.mib_per_second << 20, since: began, read: 0 };
+        let pace =
+            Pace { bytes_per_second: request.mib_per_second.saturating_mul(1 << 20), since: began, read: 0 };
         let pace = Arc::new(Mutex::new(pace));
         for blob in blobs {
             for mode in [Mode::Fanotify, Mode::Fscache] {
