@@ -21,6 +21,7 @@ use crate::frontend::Frontends;
 use crate::metrics::Metrics;
 use crate::mounts::{KeeperState, Mounts, Parts};
 use crate::node_metrics::NodeMetrics;
+use crate::pulls::Pulls;
 use crate::service::{self, Sockets};
 use crate::store::Store;
 use crate::store::journal::Journal;
@@ -61,6 +62,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
     };
     let runtime_dir = config.socket.parent().unwrap_or(Path::new("/run")).to_owned();
     let secrets = Secrets::open(runtime_dir.join("credentials.json"));
+    let pulls = Arc::new(Pulls::open(runtime_dir.join("pulled.json")));
 
     let socket = config.keeper_socket.clone();
     let log = socket.with_file_name("skimmer-keeper.log");
@@ -97,6 +99,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
         driver: driver.clone(),
         journal: journal.clone(),
         secrets,
+        pulls: Arc::clone(&pulls),
         keeper,
     };
     let mounts = Mounts::new(parts);
@@ -122,7 +125,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
         None => None,
         Some(socket) => {
             let snapshotter =
-                Arc::clone(snapshotter.insert(containerd::snapshotter(&config, &mounts).await?));
+                Arc::clone(snapshotter.insert(containerd::snapshotter(&config, &mounts, pulls).await?));
             let mut stop = stop.subscribe();
             let stopped = async move {
                 let _ = stop.wait_for(Option::is_some).await;

@@ -7,12 +7,14 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use skimmer_client::{Credentials, MountRequest};
 use skimmer_config::Config;
+use skimmer_fetcher::reference::RegistryRef;
 use skimmer_snapshotter::{
     Containerd, Error, ImageName, Images, Kind as ErrorKind, Login, Pull, Snapshotter,
 };
 
 use crate::control::SocketError;
 use crate::mounts::{Failure, Kind, Mounts};
+use crate::pulls::Pulls;
 use crate::service::{Socket, Sockets};
 
 /// Opens the snapshotter's socket; `None` when the configuration turns it off.
@@ -27,16 +29,20 @@ pub fn listen(config: &Config, sockets: &mut Sockets) -> Result<Option<Socket>, 
 ///
 /// # Errors
 /// When their directory cannot be used or is damaged.
-pub async fn snapshotter(config: &Config, mounts: &Arc<Mounts>) -> anyhow::Result<Arc<Snapshotter>> {
+pub async fn snapshotter(
+    config: &Config,
+    mounts: &Arc<Mounts>,
+    pulls: Arc<Pulls>,
+) -> anyhow::Result<Arc<Snapshotter>> {
     // Mounts are known by the names that the kernel gives.
     let root = config.root.canonicalize().with_context(|| config.root.display().to_string())?;
     let containerd = Containerd::new(config.containerd.address.clone());
-    let images = Arc::new(Lazily(Arc::clone(mounts)));
+    let images = Arc::new(Lazily(Arc::clone(mounts), pulls));
     let snapshotter = Snapshotter::open(&root.join("snapshots"), images, containerd).await;
     Ok(Arc::new(snapshotter.context("the snapshots for containerd")?))
 }
 
-struct Lazily(Arc<Mounts>);
+struct Lazily(Arc<Mounts>, Arc<Pulls>);
 
 fn refused(failure: Failure) -> Error {
     let kind = match failure.kind {
@@ -50,16 +56,38 @@ fn refused(failure: Failure) -> Error {
     Error::new(kind, format!("skimmer: {}{remedy}", failure.message))
 }
 
+fn credentials(Login { username, password }: &Login) -> Credentials {
+    Credentials { username: username.clone(), password: password.clone() }
+}
+
 #[async_trait]
 impl Images for Lazily {
     async fn mount(&self, image: &ImageName, pull: Pull, target: PathBuf) -> Result<(), Error> {
         let mut request = MountRequest::new(format!("docker://{}", image.reference), target);
         request.traceparent = pull.traceparent;
-        request.credentials =
-            pull.login.map(|Login { username, password }| Credentials { username, password });
+        request.credentials = pull.login.as_ref().map(credentials);
         let mount = self.0.mount(request).await.map_err(refused)?;
         tracing::info!(image = %mount.image, target = %mount.target.display(), mode = %mount.mode, "mounted");
         Ok(())
+    }
+
+    async fn pulling(&self, name: &str, login: &Login) -> bool {
+        // What is no name of an image, containerd says.
+        let Ok(image) = RegistryRef::parse(name) else { return false };
+        self.1.put(&image, credentials(login)).unwrap_or_else(|error| {
+            tracing::warn!(image = name, "the login of a pull is known to this daemon only: {error}");
+            false
+        })
+    }
+
+    async fn pulled(&self, name: &str, login: &Login, keep: bool) {
+        let Ok(image) = RegistryRef::parse(name) else { return };
+        let login = credentials(login);
+        // Once more when it is good: another pull may have failed with it meanwhile.
+        let done = if keep { self.1.put(&image, login).map(drop) } else { self.1.remove(&image, &login) };
+        if let Err(error) = done {
+            tracing::warn!(image = name, "the login of a pull: {error}");
+        }
     }
 
     async fn umount(&self, target: PathBuf) -> Result<(), Error> {

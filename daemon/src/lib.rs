@@ -14,6 +14,7 @@ pub mod frontend;
 pub mod metrics;
 pub mod mounts;
 pub mod node_metrics;
+pub mod pulls;
 mod requests;
 pub mod ring;
 pub mod service;

@@ -15,6 +15,7 @@ use skimmer_daemon::driver::{Driver, DriverConfig, DriverError, Handle};
 use skimmer_daemon::frontend::Frontends;
 use skimmer_daemon::metrics::Metrics;
 use skimmer_daemon::mounts::{Mounts, Parts};
+use skimmer_daemon::pulls::Pulls;
 use skimmer_daemon::store::Store;
 use skimmer_daemon::store::journal::Journal;
 use skimmer_daemon::store::records::{AttachmentRecord, MountsRecord, Secrets};
@@ -57,6 +58,7 @@ impl Daemon {
             driver: driver.clone(),
             journal: journal.clone(),
             secrets: Secrets::open(dir.path().join("credentials.json")),
+            pulls: Arc::new(Pulls::open(dir.path().join("pulled.json"))),
             keeper: Err("none in this test".into()),
         });
         mounts.restore(record).await.unwrap();

@@ -64,12 +64,19 @@ pub struct Found {
     pub problem: Option<String>,
 }
 
+/// Logins that somebody else keeps, and may change at any time.
+pub trait Logins: Send + Sync {
+    /// The login for a repository of a host, if there is one.
+    fn login(&self, host: &str, repository: &str) -> Option<Credential>;
+}
+
 /// Where credentials come from. Cheap to clone; clones share what credential programs answered.
 #[derive(Clone)]
 pub struct Credentials(Arc<Inner>);
 
 struct Inner {
     fixed: Vec<(String, Credential)>,
+    logins: Option<Arc<dyn Logins>>,
     files: Vec<PathBuf>,
     helper_dir: Option<PathBuf>,
     helper_timeout: Duration,
@@ -129,6 +136,7 @@ impl Credentials {
     pub fn from_files(files: Vec<PathBuf>) -> Self {
         Self(Arc::new(Inner {
             fixed: Vec::new(),
+            logins: None,
             files,
             helper_dir: None,
             helper_timeout: HELPER_TIMEOUT,
@@ -140,6 +148,7 @@ impl Credentials {
     fn change(&self, change: impl FnOnce(&mut Inner)) -> Self {
         let mut inner = Inner {
             fixed: self.0.fixed.clone(),
+            logins: self.0.logins.clone(),
             files: self.0.files.clone(),
             helper_dir: self.0.helper_dir.clone(),
             helper_timeout: self.0.helper_timeout,
@@ -153,8 +162,19 @@ impl Credentials {
     /// Uses a user and password for `host` (with its port), before anything that the files say.
     #[must_use]
     pub fn with_password(&self, host: &str, user: &str, password: Secret) -> Self {
-        let credential = Credential::Password { user: user.to_owned(), password };
+        self.with_credential(host, Credential::Password { user: user.to_owned(), password })
+    }
+
+    /// Uses this for `host` (with its port), before anything else.
+    #[must_use]
+    pub fn with_credential(&self, host: &str, credential: Credential) -> Self {
         self.change(|inner| inner.fixed.push((host.to_owned(), credential)))
+    }
+
+    /// Asks `logins` before the files, each time anew.
+    #[must_use]
+    pub fn with_logins(&self, logins: Arc<dyn Logins>) -> Self {
+        self.change(|inner| inner.logins = Some(logins))
     }
 
     /// Like [`with_password`](Self::with_password) for the form `user:password`; `None` when there is no colon.
@@ -186,6 +206,10 @@ impl Credentials {
     pub async fn find(&self, host: &str, repository: &str, fresh: bool) -> Found {
         if let Some((_, credential)) = self.0.fixed.iter().rev().find(|(known, _)| known == host) {
             return Found { credential: credential.clone(), problem: None };
+        }
+        let kept = self.0.logins.as_ref().and_then(|logins| logins.login(host, repository));
+        if let Some(credential) = kept {
+            return Found { credential, problem: None };
         }
         let mut problem = None;
         for path in &self.0.files {

@@ -28,7 +28,12 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub struct Cri {
     runtime: Runtime,
     channel: Channel,
+    /// Who is asked for images.
+    images: Channel,
 }
+
+/// User and password.
+pub type Login<'a> = (&'a str, &'a str);
 
 /// A running pod without a network of its own.
 pub struct Pod {
@@ -45,24 +50,31 @@ impl Pod {
 }
 
 impl Cri {
-    /// Connects to the runtime's socket.
+    /// Connects to the runtime's socket, and to the one that is asked for images (`imageServiceEndpoint`).
     ///
     /// # Errors
     /// Nobody answers.
-    pub fn connect(socket: &Path) -> Result<Self> {
+    pub fn connect(socket: &Path, images: &Path) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?.timeout(PATIENCE);
-        let channel = runtime.block_on(endpoint.connect())?;
-        Ok(Self { runtime, channel })
+        let connect = |socket: &Path| -> Result<Channel> {
+            let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?.timeout(PATIENCE);
+            Ok(runtime.block_on(endpoint.connect())?)
+        };
+        let (channel, images) = (connect(socket)?, connect(images)?);
+        Ok(Self { runtime, channel, images })
     }
 
     /// Pulls an image.
     ///
     /// # Errors
     /// What the runtime says.
-    pub fn pull(&self, image: &str) -> Result<()> {
-        let ask = wire::PullImageRequest { image: Some(spec(image)), sandbox_config: None };
-        let pulled = self.runtime.block_on(ImageServiceClient::new(self.channel.clone()).pull_image(ask));
+    pub fn pull(&self, image: &str, login: Option<Login<'_>>) -> Result<()> {
+        let auth = login.map(|(user, password)| wire::AuthConfig {
+            username: user.to_owned(),
+            password: password.to_owned(),
+        });
+        let ask = wire::PullImageRequest { image: Some(spec(image)), auth, sandbox_config: None };
+        let pulled = self.runtime.block_on(ImageServiceClient::new(self.images.clone()).pull_image(ask));
         pulled.with_context(|| format!("pulling {image}"))?;
         Ok(())
     }
@@ -73,7 +85,7 @@ impl Cri {
     /// What the runtime says.
     pub fn remove_image(&self, image: &str) -> Result<()> {
         let ask = wire::RemoveImageRequest { image: Some(spec(image)) };
-        self.runtime.block_on(ImageServiceClient::new(self.channel.clone()).remove_image(ask))?;
+        self.runtime.block_on(ImageServiceClient::new(self.images.clone()).remove_image(ask))?;
         Ok(())
     }
 

@@ -85,11 +85,11 @@ enum CriAsk {
 
 impl CriAsk {
     fn run(self, socket: &Path) -> Result<()> {
-        let cri = Cri::connect(socket)?;
+        let cri = Cri::connect(socket, socket)?;
         let mut out = std::io::stdout().lock();
         match self {
             Self::Run { image, command } => {
-                cri.pull(&image)?;
+                cri.pull(&image, None)?;
                 let pod = cri.pod("one")?;
                 let command: Vec<&str> = command.iter().map(String::as_str).collect();
                 let container = cri.container(&pod, "container", &image, &command)?;

@@ -40,22 +40,39 @@ impl Registry {
         Err(last.context("tried three times")?)
     }
 
+    /// Starts another one with the same content, that wants a user and password of the file `htpasswd`.
+    ///
+    /// # Errors
+    /// As [`Registry::start`].
+    pub fn behind_passwords(&self, htpasswd: &Path) -> Result<Self> {
+        let content = self.log.parent().context("a log lies in a directory")?;
+        let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        let auth = format!("auth: {{ htpasswd: {{ realm: test, path: {htpasswd:?} }} }}\n");
+        let program = Command::new("docker-registry");
+        Self::start_with(program, &content.join("private"), content, address, &auth)
+    }
+
     /// Starts one by `program` (docker-registry, perhaps elsewhere), to listen at `address`: its content is in
     /// `content`, its configuration and log in `directory`.
     ///
     /// # Errors
     /// As [`Registry::start`].
-    pub fn start_by(
+    pub fn start_by(program: Command, directory: &Path, content: &Path, address: SocketAddr) -> Result<Self> {
+        Self::start_with(program, directory, content, address, "")
+    }
+
+    fn start_with(
         mut program: Command,
         directory: &Path,
         content: &Path,
         address: SocketAddr,
+        more: &str,
     ) -> Result<Self> {
         fs::create_dir_all(directory)?;
         let storage = content.join("storage");
         let configuration = format!(
             "version: 0.1\nlog: {{ level: warn }}\nstorage: {{ filesystem: {{ rootdirectory: {storage:?} }} }}\n\
-             http: {{ addr: \"{address}\" }}\n"
+             http: {{ addr: \"{address}\" }}\n{more}"
         );
         let path = directory.join("config.yml");
         fs::write(&path, configuration)?;
@@ -70,7 +87,7 @@ impl Registry {
             .with_context(|| format!("cannot start docker-registry (Debian package {PACKAGE})"))?;
         let mut registry = Registry { child, address, log, marks: 0 };
         let deadline = Instant::now() + PATIENCE;
-        while registry.get("/v2/").is_err() {
+        while registry.answer("/v2/").is_err() {
             if let Some(status) = registry.child.try_wait()? {
                 bail!("docker-registry ended with {status}:\n{}", registry.text());
             }
@@ -148,14 +165,20 @@ impl Registry {
     }
 
     fn get(&self, path: &str) -> Result<()> {
+        let answer = self.answer(path)?;
+        anyhow::ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+        Ok(())
+    }
+
+    fn answer(&self, path: &str) -> Result<String> {
         let address = self.address;
         let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
-        anyhow::ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
-        Ok(())
+        anyhow::ensure!(answer.starts_with("HTTP/1.1 "), "{path}: {answer}");
+        Ok(answer)
     }
 }
 

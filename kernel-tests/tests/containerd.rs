@@ -42,12 +42,48 @@ fn containers_run_on_the_current_containerd() {
 fn an_image_whose_name_was_not_told_is_found() {
     let test = "an_image_whose_name_was_not_told_is_found";
     with(Version::Debian, Names::Untold, test, |stage, daemon, containerd| {
-        let cri = Cri::connect(containerd.socket())?;
-        cri.pull(&stage.lazy)?;
+        let cri = Cri::connect(containerd.socket(), containerd.socket())?;
+        cri.pull(&stage.lazy, None)?;
         ensure!(daemon.status()?["mounts"] == serde_json::json!([]), "it is mounted before it is used");
         let pod = cri.pod("one")?;
         let container = cri.container(&pod, "lazy", &stage.lazy, &["sleep", "1000000"])?;
         stage.check(0, 3, |command| Ok(String::from_utf8(cri.exec(&container, command)?)?))?;
+        all_away(stage, daemon, containerd, &cri, &pod)
+    });
+}
+
+/// The passwords `first` and `second` of the user `skim`, hashed by bcrypt.
+const FIRST: &str = "skim:$2b$04$abcdefghijklmnopqrstuuvybHXQqehXl2NdtAhT6BAmwe6EZ8HOi\n";
+const SECOND: &str = "skim:$2b$04$abcdefghijklmnopqrstuu0m4FNu/b0Ul0dVXpD5yXn5kdSneXCgS\n";
+
+/// Only the pull has it: no file on the node, no label.
+#[test]
+fn the_login_of_a_pod_s_pull_outlives_it() {
+    let test = "the_login_of_a_pod_s_pull_outlives_it";
+    with(Version::Debian, Names::Told, test, |stage, daemon, containerd| {
+        let users = daemon.root.join("htpasswd");
+        fs::write(&users, FIRST)?;
+        let private = stage.registry.behind_passwords(&users)?;
+        let image = private.reference("perl:lazy");
+        let cri = Cri::connect(containerd.socket(), &daemon.sockets.join("snapshots.sock"))?;
+        for login in [None, Some(("skim", "wrong"))] {
+            let refused = format!("{:#}", cri.pull(&image, login).err().context("it was let in")?);
+            ensure!(refused.contains("authorization failed"), "in other words than containerd's: {refused}");
+        }
+        cri.pull(&image, Some(("skim", "first")))?;
+        let pod = cri.pod("one")?;
+        let container = cri.container(&pod, "lazy", &image, &["sleep", "1000000"])?;
+        let check = |first: usize| {
+            stage.check(first, 6, |command| Ok(String::from_utf8(cri.exec(&container, command)?)?))
+        };
+        check(0).context("after the pull")?;
+        daemon.stop()?;
+        daemon.start()?;
+        check(1).context("by the next daemon")?;
+        fs::write(&users, SECOND)?;
+        ensure!(cri.pull(&image, Some(("skim", "first"))).is_err(), "the registry still knows the old one");
+        cri.pull(&image, Some(("skim", "second")))?;
+        check(2).context("with another password")?;
         all_away(stage, daemon, containerd, &cri, &pod)
     });
 }
@@ -185,9 +221,14 @@ impl Drop for Daemon {
 fn run_all(version: Version, stage: &Stage, daemon: &mut Daemon, containerd: &Containerd) -> Result<()> {
     let run: Vec<&str> = PERL.run.to_vec();
     // By a kubelet's calls.
-    let cri = Cri::connect(containerd.socket())?;
+    let images = match version {
+        Version::Debian => containerd.socket().to_owned(),
+        // As a kubelet does whose logins we are to know.
+        Version::Current => daemon.sockets.join("snapshots.sock"),
+    };
+    let cri = Cri::connect(containerd.socket(), &images)?;
     let before = Instant::now();
-    cri.pull(&stage.lazy)?;
+    cri.pull(&stage.lazy, None)?;
     let pulled = before.elapsed();
     let pod = cri.pod("one")?;
     let container = cri.container(&pod, "lazy", &stage.lazy, &["sleep", "1000000"])?;
@@ -201,7 +242,7 @@ fn run_all(version: Version, stage: &Stage, daemon: &mut Daemon, containerd: &Co
     );
     ensure!(moved * 4 < stage.stored, "{moved} bytes of {} are not a small share", stage.stored);
     stage.check(0, 3, |command| Ok(String::from_utf8(cri.exec(&container, command)?)?))?;
-    cri.pull(&stage.plain)?;
+    cri.pull(&stage.plain, None)?;
     let plain = cri.container(&pod, "plain", &stage.plain, &["sleep", "1000000"])?;
     ensure!(String::from_utf8(cri.exec(&plain, &run)?)?.contains(PERL.expect), "the plain image is wrong");
     stage.check(0, 1, |command| Ok(String::from_utf8(cri.exec(&plain, command)?)?))?;

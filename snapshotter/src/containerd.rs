@@ -148,14 +148,23 @@ impl Containerd {
     }
 
     async fn connect(&self) -> Result<Channel, Error> {
-        let failed = |error: &dyn std::error::Error| {
-            let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-            let message = format!("containerd at {}: {why}", self.socket.display());
-            Error::new(ErrorKind::Unavailable, message)
-        };
+        let connected = self.endpoint()?.timeout(PATIENCE).connect().await;
+        connected.map_err(|error| self.unreachable(&error))
+    }
+
+    /// A connection for calls that take their time, as pulls do. It is made when it is used, and again when it is lost.
+    pub(crate) fn patient(&self) -> Result<Channel, Error> {
+        Ok(self.endpoint()?.connect_lazy())
+    }
+
+    fn endpoint(&self) -> Result<Endpoint, Error> {
         let endpoint = Endpoint::from_shared(format!("unix://{}", self.socket.display()));
-        let endpoint = endpoint.map_err(|error| failed(&error))?.connect_timeout(PATIENCE).timeout(PATIENCE);
-        endpoint.connect().await.map_err(|error| failed(&error))
+        Ok(endpoint.map_err(|error| self.unreachable(&error))?.connect_timeout(PATIENCE))
+    }
+
+    fn unreachable(&self, error: &dyn std::error::Error) -> Error {
+        let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+        Error::new(ErrorKind::Unavailable, format!("containerd at {}: {why}", self.socket.display()))
     }
 
     fn failed(&self, what: &str, status: &Status) -> Error {

@@ -35,7 +35,7 @@ impl ImageName {
 /// A registry login that came with a pull.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Login {
-    /// User name.
+    /// User name; empty when the password is an identity token.
     pub username: String,
     /// Password or token.
     pub password: String,
@@ -59,6 +59,13 @@ impl std::fmt::Debug for Login {
 /// Mounts images so that their data comes when it is read.
 #[async_trait]
 pub trait Images: Send + Sync + 'static {
+    /// A pull of the image `name` begins that has a login. It is to be used for the image's repository from now on.
+    /// Says whether it was known before.
+    async fn pulling(&self, name: &str, login: &Login) -> bool;
+
+    /// The pull has ended; whether the login is to be kept.
+    async fn pulled(&self, name: &str, login: &Login, keep: bool);
+
     /// Mounts an image on an existing directory; returns when it can be read.
     async fn mount(&self, image: &ImageName, pull: Pull, target: PathBuf) -> Result<(), Error>;
 

@@ -8,6 +8,7 @@
 mod containerd;
 mod error;
 mod filter;
+mod image_service;
 mod images;
 mod labels;
 mod mounts;
@@ -45,4 +46,5 @@ mod api {
     pub use containerd::services::images::v1 as images;
     pub use containerd::services::snapshots::v1 as snapshots;
     pub use containerd::types::Mount;
+    pub use runtime::v1 as cri;
 }

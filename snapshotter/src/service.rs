@@ -9,6 +9,7 @@ use tonic::{Request, Response, Status};
 use crate::api::snapshots as wire;
 use crate::api::snapshots::snapshots_server::{Snapshots, SnapshotsServer};
 use crate::filter::Filter;
+use crate::image_service::ImageService;
 use crate::labels::Labels;
 use crate::snapshot::{Kind, Snapshot};
 use crate::snapshotter::{Snapshotter, Wanted};
@@ -17,7 +18,7 @@ use crate::{Error, NAMESPACE};
 /// Snapshots in one message of a list.
 const PAGE: usize = 100;
 
-/// Answers containerd until `stop` is done, then finishes what has begun.
+/// Answers containerd, and a kubelet that asks for images here, until `stop` is done, then finishes what has begun.
 ///
 /// # Errors
 /// When accepting fails for good.
@@ -26,7 +27,9 @@ pub async fn serve(
     snapshotter: Arc<Snapshotter>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Error> {
+    let images = ImageService::new(snapshotter.containerd(), snapshotter.images())?;
     tonic::transport::Server::builder()
+        .add_service(images)
         .add_service(SnapshotsServer::new(Service(snapshotter)))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
         .await

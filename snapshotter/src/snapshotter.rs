@@ -59,6 +59,16 @@ impl Snapshotter {
         Ok(Self { table, images, containerd, turns: Turns::default() })
     }
 
+    /// Who mounts images and keeps logins.
+    pub(crate) fn images(&self) -> Arc<dyn Images> {
+        Arc::clone(&self.images)
+    }
+
+    /// Whose snapshots they are.
+    pub(crate) fn containerd(&self) -> &Containerd {
+        &self.containerd
+    }
+
     /// Makes a snapshot on top of another and says how to mount it. A layer whose data comes when it is read is
     /// committed at once; containerd learns that from [`ErrorKind::AlreadyExists`].
     pub(crate) async fn create(&self, mut wanted: Wanted) -> Result<Vec<api::Mount>, Error> {

@@ -15,7 +15,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::api::snapshots as wire;
 use crate::api::snapshots::snapshots_client::SnapshotsClient;
-use crate::{Containerd, Error, ImageName, Images, Kind, Pull, Snapshotter, serve};
+use crate::{Containerd, Error, ImageName, Images, Kind, Login, Pull, Snapshotter, serve};
 
 const REF: &str = "containerd.io/snapshot.ref";
 const BLOB: &str = "containerd.io/snapshot/nydus-blob";
@@ -27,6 +27,8 @@ const IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 struct Noted {
     mounted: Mutex<BTreeMap<PathBuf, (String, Option<String>)>>,
     busy: Mutex<bool>,
+    /// Image and password of pulls; whether to keep it at their end.
+    pulls: Mutex<Vec<(String, String, Option<bool>)>>,
 }
 
 #[async_trait]
@@ -39,6 +41,16 @@ impl Images for Noted {
         let noted = (image.reference.clone(), pull.login.map(|login| login.password));
         assert!(self.mounted.lock().unwrap().insert(target, noted).is_none(), "mounted twice");
         Ok(())
+    }
+
+    async fn pulling(&self, name: &str, login: &Login) -> bool {
+        let mut pulls = self.pulls.lock().unwrap();
+        pulls.push((name.to_owned(), login.password.clone(), None));
+        false
+    }
+
+    async fn pulled(&self, name: &str, login: &Login, keep: bool) {
+        self.pulls.lock().unwrap().push((name.to_owned(), login.password.clone(), Some(keep)));
     }
 
     async fn umount(&self, target: PathBuf) -> Result<(), Error> {
@@ -287,4 +299,28 @@ async fn what_a_crash_left_is_cleared() {
     let bad = service.dir.path().join("a:b");
     let opened = Snapshotter::open(&bad, service.images.clone(), Containerd::new("/x")).await;
     assert!(opened.err().unwrap().to_string().contains("overlayfs"));
+}
+
+#[tokio::test]
+async fn a_pull_that_containerd_does_not_answer_leaves_no_login() {
+    use crate::api::cri::{AuthConfig, ImageSpec, PullImageRequest};
+    let service = service().await;
+    let socket = service.dir.path().join("s.sock");
+    let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+    let mut client = tonic::client::Grpc::new(endpoint.connect().await.unwrap());
+    let mut ask = async |path: &'static str| {
+        client.ready().await.unwrap();
+        let auth = AuthConfig { username: "me".into(), password: "pw".into(), ..Default::default() };
+        let image = Some(ImageSpec { image: "h.io/a:1".into() });
+        let message = tonic::Request::new(PullImageRequest { image, auth: Some(auth) });
+        let codec = tonic_prost::ProstCodec::<PullImageRequest, PullImageRequest>::default();
+        client.unary(message, http::uri::PathAndQuery::from_static(path), codec).await.unwrap_err()
+    };
+    let error = ask("/runtime.v1.ImageService/PullImage").await;
+    assert!(error.code() == Code::Unavailable && error.message().contains("containerd"), "{error}");
+    let pull = |keep| ("h.io/a:1".to_owned(), "pw".to_owned(), keep);
+    assert_eq!(*service.images.pulls.lock().unwrap(), [pull(None), pull(Some(false))]);
+    // Nothing else is looked at.
+    assert_eq!(ask("/runtime.v1.ImageService/ListImages").await.code(), Code::Unavailable);
+    assert_eq!(service.images.pulls.lock().unwrap().len(), 2);
 }

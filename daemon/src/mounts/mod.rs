@@ -30,12 +30,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use skimmer_client::{AttachMode, BlobReport, KeeperReport, ModeReport, Mount, MountRequest, StatusReport};
 use skimmer_fetcher::http::Pool;
+use skimmer_fetcher::reference::Reference;
 use tokio::sync::{Mutex, Semaphore};
 
 use crate::blob::{BlobId, BlobSpec};
 use crate::driver::Handle;
 use crate::follow::Owner;
 use crate::frontend::Mode;
+use crate::pulls::Pulls;
 use crate::store::Store;
 use crate::store::journal::{Journal, Notice};
 use crate::store::records::{AttachmentRecord, ImageRecord, MountsRecord, Secrets};
@@ -68,6 +70,8 @@ pub struct Parts {
     pub journal: Journal,
     /// Where logins lie.
     pub secrets: Secrets,
+    /// Logins of pods' pulls.
+    pub pulls: Arc<Pulls>,
     /// The keeper: its report, or why there is none.
     pub keeper: Result<KeeperState, String>,
 }
@@ -92,6 +96,7 @@ pub struct Mounts {
     started: Instant,
     started_at_ms: u64,
     secrets: StdMutex<Secrets>,
+    pulls: Arc<Pulls>,
     /// Held through every change, never while an image's source is waited for.
     state: Mutex<State>,
     /// HTTP clients of all images' sources.
@@ -208,7 +213,7 @@ impl Attachment {
 }
 
 /// Milliseconds since 1970.
-fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
@@ -227,6 +232,7 @@ impl Mounts {
             started: Instant::now(),
             started_at_ms: now_ms(),
             secrets: StdMutex::new(parts.secrets),
+            pulls: parts.pulls,
             state: Mutex::default(),
             pool: Pool::default(),
             ahead: Arc::new(Semaphore::new(usize::try_from(open::AHEAD).unwrap_or(usize::MAX))),
@@ -447,6 +453,15 @@ impl Mounts {
         let images: HashSet<&str> = sources.map(|source| source.image.as_str()).collect();
         let mut secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = secrets.retain(|image| images.contains(image)) {
+            tracing::warn!("{error}");
+        }
+        let used: Vec<Reference> =
+            images.iter().filter_map(|image| Reference::parse_source(image).ok()).collect();
+        let used = used.iter().filter_map(|image| match image {
+            Reference::Registry(name) => Some(name),
+            _ => None,
+        });
+        if let Err(error) = self.pulls.retain(used) {
             tracing::warn!("{error}");
         }
     }

@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use super::early::Early;
 use super::{Failure, Kind, Mounts};
 use crate::blob::{BlobId, BlobSpec};
+use crate::pulls::credential;
 use crate::requests::Ahead;
 use crate::store::bootstraps;
 use crate::store::records::{BlobRecord, ImageRecord, SourceRecord};
@@ -220,9 +221,9 @@ impl Mounts {
         if let Some(providers) = &config.credential_providers {
             options.credentials = options.credentials.with_kubelet(&providers.config, &providers.bin_dir);
         }
+        options.credentials = options.credentials.with_logins(self.pulls.clone());
         if let (Some(login), Some(host)) = (login, reference.host()) {
-            let password = Secret::new(&login.password);
-            options.credentials = options.credentials.with_password(&host, &login.username, password);
+            options.credentials = options.credentials.with_credential(&host, credential(login));
         }
         options
     }

@@ -184,14 +184,22 @@ impl Secrets {
     }
 }
 
-fn save<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+/// Writes a file of the runtime directory, mode 0600.
+///
+/// # Errors
+/// [`StoreError::Io`].
+pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
     let mut text = serde_json::to_vec_pretty(value)
         .map_err(|error| StoreError::io("cannot encode", path, std::io::Error::other(error)))?;
     text.push(b'\n');
     atomic::write(path, &text)
 }
 
-fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+/// Reads such a file; none when it is not there.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
