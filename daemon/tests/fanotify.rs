@@ -301,6 +301,45 @@ fn with_bad_sources_only_reads_fail_and_later_ones_succeed() {
 }
 
 #[test]
+fn what_the_disk_lost_is_fetched_again_and_readers_wait_for_it() {
+    let Some(machine) = Machine::new() else { return };
+    let made = blob(34, 40, 60_000);
+    let mut config = hasty();
+    // Nothing but what is asked for.
+    (config.engine.first_window, config.engine.max_window, config.engine.min_fetch) = (0, 0, 0);
+    let rig = machine.rig(config);
+    let source = Memory::new("memory", &made);
+    rig.add(&made, ReadyBits::new(), vec![source.clone()]);
+    let (path, writer) = machine.file(&made);
+    let raw = writer.try_clone().unwrap();
+    rig.wait(rig.handle.watch(made.id(), writer.into())).unwrap();
+    let half = made.spec.chunks[20].start;
+    assert!(now(&read(&path, 0, half)).unwrap() == made.device[bytes(0..half)]);
+    let requests = source.requests();
+
+    // One waits for bytes that are on their way.
+    source.always(Some(Fault::Hangs));
+    let waiting = read(&path, made.spec.chunks[39].start, 4096);
+    rig.until("asked", || source.requests() > requests);
+    // The disk has the first ten chunks, and a hole for the rest.
+    let kept: ReadyBits = made.spec.chunks[..10].iter().map(|chunk| chunk.index).collect();
+    let first = made.spec.chunks[10].start;
+    drop_pages(&path);
+    let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&raw, punch, first, made.spec.device_bytes - first).unwrap();
+    source.always(None);
+    rig.wait(rig.handle.lost(Mode::Fanotify, made.id(), kept)).unwrap();
+    let last = made.spec.chunks[39].start;
+    assert!(now(&waiting).unwrap() == made.device[bytes(last..last + 4096)]);
+    let requests = source.requests();
+    assert!(now(&read(&path, 0, first)).unwrap() == made.device[bytes(0..first)]);
+    assert_eq!(source.requests(), requests, "what was kept is fetched again");
+    assert!(now(&read(&path, 0, made.spec.device_bytes)).unwrap() == made.device);
+    rig.until("complete", || rig.sink.has(&Said::Complete(Mode::Fanotify, made.id())));
+    rig.stop();
+}
+
+#[test]
 fn a_new_driver_serves_what_the_old_one_left() {
     let Some(machine) = Machine::new() else { return };
     let made = blob(33, 20, 60_000);

@@ -198,6 +198,23 @@ fn the_test_sees_a_journal_that_does_not_sync_data_first() {
 }
 
 #[test]
+fn a_file_that_failed_is_recorded_again_once_its_loss_was_made_good() {
+    with_machine(|machine| *machine = new_machine(0));
+    let mut disk = CrashDisk { skip_data_sync: false };
+    let mut tracked = Tracked::new(identity().blob, Which::Data, Which::Map, ReadyBits::new());
+    tracked.wrote(&[1]);
+    assert!(tracked.commit(&mut disk).is_err());
+    with_machine(|machine| machine.operations_left = 100);
+    // Written before anybody knew: it may be lost as well.
+    tracked.wrote(&[2]);
+    assert!(tracked.commit(&mut disk).is_err());
+    tracked.renew();
+    tracked.wrote(&[3]);
+    tracked.commit(&mut disk).unwrap();
+    assert_eq!(tracked.recorded.iter().collect::<Vec<_>>(), [3]);
+}
+
+#[test]
 fn a_commit_is_data_sync_then_map_then_map_sync() {
     struct Log(Vec<&'static str>);
     impl Disk for Log {

@@ -60,6 +60,16 @@ pub enum Command<'a> {
         /// Bytes; whole pages count.
         count: u64,
     },
+    /// These bytes of a watched file are not filled after all, for they were lost: the keeper asks for them again. There
+    /// is no `Done`.
+    Absent {
+        /// Which file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// Bytes; every page that they touch counts.
+        count: u64,
+    },
     /// Open `/dev/cachefiles`, or hand out the one that is open; brings [`Notice::Device`], or `Done` with the error.
     OpenDevice,
     /// Close the keeper's `/dev/cachefiles`. Only when nothing is mounted over it: mounts never recover.
@@ -297,6 +307,7 @@ impl Keeper {
             Command::Unwatch { file, complete } => (Request::Unwatch { file, complete }, None),
             Command::Answer { event, result } => (Request::Answer { event, errno: result.err() }, None),
             Command::Present { file, offset, count } => (Request::Present { file, offset, count }, None),
+            Command::Absent { file, offset, count } => (Request::Absent { file, offset, count }, None),
             Command::OpenDevice => (Request::OpenDevice, None),
             Command::CloseDevice => (Request::CloseDevice, None),
             Command::Stop => (Request::Stop, None),

@@ -154,6 +154,15 @@ pub enum Request {
         /// Bytes.
         count: u64,
     },
+    /// These bytes of a watched file are not filled after all: accesses to them are relayed again.
+    Absent {
+        /// Which file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        count: u64,
+    },
     /// Open `/dev/cachefiles`, or hand out the open one.
     OpenDevice,
     /// Close `/dev/cachefiles`.
@@ -358,6 +367,7 @@ impl Request {
             Self::CloseDevice => Packet::new(5, seq, 0, [0; 3]),
             Self::Stop => Packet::new(6, seq, 0, [0; 3]),
             Self::Present { file, offset, count } => Packet::new(7, seq, 0, [file.0, offset, count]),
+            Self::Absent { file, offset, count } => Packet::new(8, seq, 0, [file.0, offset, count]),
         }
         .encode()
     }
@@ -379,7 +389,11 @@ impl Request {
             7 if second.checked_add(third).is_some() => {
                 Self::Present { file: FileId(first), offset: second, count: third }
             }
+            8 if second.checked_add(third).is_some() => {
+                Self::Absent { file: FileId(first), offset: second, count: third }
+            }
             7 => return Err(ProtocolError::Field { kind: "Present", field: "range", offset: 24 }),
+            8 => return Err(ProtocolError::Field { kind: "Absent", field: "range", offset: 24 }),
             kind => return Err(ProtocolError::Kind(kind)),
         };
         Ok((packet.seq, request))
@@ -393,6 +407,7 @@ impl Request {
             Self::Unwatch { .. } => "Unwatch",
             Self::Answer { .. } => "Answer",
             Self::Present { .. } => "Present",
+            Self::Absent { .. } => "Absent",
             Self::OpenDevice => "OpenDevice",
             Self::CloseDevice => "CloseDevice",
             Self::Stop => "Stop",
@@ -523,6 +538,9 @@ mod tests {
                 .prop_map(|(event, errno)| Request::Answer { event: EventId(event), errno }),
             (any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(file, offset, count)| {
                 Request::Present { file: FileId(file), offset: offset.into(), count: count.into() }
+            }),
+            (any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(file, offset, count)| {
+                Request::Absent { file: FileId(file), offset: offset.into(), count: count.into() }
             }),
             Just(Request::OpenDevice),
             Just(Request::CloseDevice),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use kernel_tests::cri::Cri;
-use kernel_tests::torture::{Fill, Kills};
+use kernel_tests::torture::{Budget, Compare, Fill, Kills};
 use kernel_tests::{agent, skimmer, tree};
 
 /// The test guest's agent.
@@ -49,6 +49,10 @@ enum Action {
     Kills(Kills),
     /// Start the daemon and read an image, all of it or for ever
     Fill(Fill),
+    /// Read more images than the cache may hold, one after the other
+    Budget(Budget),
+    /// Compare blocks of a mounted image
+    Compare(Compare),
     /// Print what an HTTP server behind a unix socket answers
     Http {
         /// The socket
@@ -134,6 +138,14 @@ fn main() -> Result<()> {
         }
         Action::Fill(fill) => {
             serde_json::to_writer(std::io::stdout().lock(), &fill.run()?)?;
+            Ok(())
+        }
+        Action::Budget(budget) => {
+            serde_json::to_writer(std::io::stdout().lock(), &budget.run()?)?;
+            Ok(())
+        }
+        Action::Compare(compare) => {
+            serde_json::to_writer(std::io::stdout().lock(), &compare.run()?)?;
             Ok(())
         }
         Action::Cri { socket, ask } => ask.run(&socket),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::images::{ImageName, Login};
+use crate::{Error, Kind};
 
 /// Labels of a snapshot.
 pub(crate) type Labels = BTreeMap<String, String>;
@@ -47,6 +48,24 @@ pub(crate) fn layer(labels: &Labels) -> Layer {
     } else {
         Layer::Archive
     }
+}
+
+/// The host's number for root in a map of containerd, `CONTAINER:HOST:COUNT[,…]`.
+pub(crate) fn mapped_root(map: &str) -> Result<u32, Error> {
+    let entries = map.split(',').map(|entry| {
+        let mut numbers = entry.split(':').map(str::parse::<u32>);
+        match (numbers.next(), numbers.next(), numbers.next(), numbers.next()) {
+            (Some(Ok(inside)), Some(Ok(outside)), Some(Ok(count)), None) => Some((inside, outside, count)),
+            _ => None,
+        }
+    });
+    let entries: Option<Vec<_>> = entries.collect();
+    let root =
+        entries.and_then(|entries| entries.into_iter().find(|(inside, _, count)| *inside == 0 && *count > 0));
+    root.map(|(_, outside, _)| outside).ok_or_else(|| {
+        let message = format!("label value {map:?} is no map CONTAINER:HOST:COUNT[,…] with root in it");
+        Error::new(Kind::InvalidArgument, message)
+    })
 }
 
 /// Takes the login out of the labels.

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use rustix::process::{Gid, Uid};
+
 use crate::error::Kind as ErrorKind;
 use crate::filter::Filter;
 use crate::images::{ImageName, Images, Pull};
@@ -92,7 +94,14 @@ impl Snapshotter {
         let (key, namespace) = (wanted.key.clone(), wanted.namespace.clone());
         self.on_table(move |table| {
             table.check_new(&wanted.key, wanted.parent.as_deref())?;
+            let owner = owner(table, wanted.parent.as_deref(), &wanted.labels)?;
             let (id, dir) = table.make(wanted.kind, &Content::Files)?;
+            let files = Snapshot::files(&dir);
+            let owned = rustix::fs::chown(&files, owner.map(|(user, _)| user), owner.map(|(_, group)| group));
+            if let Err(errno) = owned {
+                discard(table, &dir);
+                return Err(Error::io("cannot give away", &files, &errno.into()));
+            }
             let put =
                 table.put(record(id, wanted.key, wanted.kind, wanted.parent, Content::Files, wanted.labels));
             put.inspect_err(|_| discard(table, &dir))
@@ -378,6 +387,25 @@ fn active<'t>(table: &'t Table, key: &str) -> Result<&'t Snapshot, Error> {
     }
     let message = format!("snapshot {key} is not active: it cannot be committed");
     Err(Error::new(ErrorKind::FailedPrecondition, message))
+}
+
+/// Whose the root directory of a new snapshot is: of the root user that its labels map, else of the one below it.
+fn owner(table: &Table, parent: Option<&str>, labels: &Labels) -> Result<Option<(Uid, Gid)>, Error> {
+    let mapped = |label| labels.get(label).map(|map| labels::mapped_root(map)).transpose();
+    if let (Some(user), Some(group)) = (mapped(labels::UIDS)?, mapped(labels::GIDS)?) {
+        return Ok(Some((Uid::from_raw(user), Gid::from_raw(group))));
+    }
+    let Some(parent) = parent else { return Ok(None) };
+    let chain = table.chain(parent)?;
+    let Some(below) = chain.first() else { return Ok(None) };
+    let dir = table.dir(below.id);
+    let path = match below.content {
+        Content::Files => Snapshot::files(&dir),
+        Content::Image { .. } => Snapshot::image(&dir),
+        Content::Blob { .. } => return Ok(None),
+    };
+    let stat = rustix::fs::stat(&path).map_err(|errno| Error::io("cannot look at", &path, &errno.into()))?;
+    Ok(Some((Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid))))
 }
 
 fn record(

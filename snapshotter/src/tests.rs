@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test panics")]
 
 use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -180,7 +181,8 @@ async fn layers_are_stacked_as_overlayfs_wants_them() {
     assert!(service.usage("base").await.unwrap().0 >= 10_000);
     service.prepare("b", "base", &[]).await.unwrap();
     service.commit("second", "b").await.unwrap();
-    let mapped = [("containerd.io/snapshot/uidmapping", "0:1000:65536")];
+    let gids = "containerd.io/snapshot/gidmapping";
+    let mapped = [("containerd.io/snapshot/uidmapping", "0:1000:65536"), (gids, "1:1:9,0:2000:1")];
     let top = service.prepare("c", "second", &mapped).await.unwrap().remove(0);
     assert_eq!(top.r#type, "overlay");
     let root = service.dir.path().join("snapshots").display().to_string();
@@ -192,8 +194,19 @@ async fn layers_are_stacked_as_overlayfs_wants_them() {
             format!("upperdir={root}/3/fs"),
             format!("lowerdir={root}/2/fs:{root}/1/fs"),
             "uidmap=0:1000:65536".to_owned(),
+            "gidmap=1:1:9,0:2000:1".to_owned(),
         ]
     );
+    let owner = |dir: &str| {
+        let metadata = std::fs::metadata(format!("{root}/{dir}/fs")).unwrap();
+        (metadata.uid(), metadata.gid())
+    };
+    assert_eq!(owner("3"), (1000, 2000));
+    for bad in ["", "0:1", "0:1:2:3", "1:0:5", "a:b:c", "0:4294967296:1", "0:1:0"] {
+        let mapped = [("containerd.io/snapshot/uidmapping", bad), (gids, "0:1:1")];
+        let error = service.prepare("bad", "second", &mapped).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{bad}: {error}");
+    }
     let mut service = service.restart().await;
     assert_eq!(service.keys("").await.unwrap(), ["base", "c", "second"]);
     assert_eq!(service.keys("kind==active").await.unwrap(), ["c"]);

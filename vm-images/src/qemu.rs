@@ -146,7 +146,12 @@ fn arguments(
     }
     for (index, disk) in config.disks.iter().enumerate() {
         let mut drive = option(&format!("if=none,id=disk{index},format=raw,file="), &disk.path)?;
-        drive.push(if disk.read_only { ",readonly=on" } else { "" });
+        // A guest is to see an error, and not to be stopped until somebody looks.
+        drive.push(if disk.read_only {
+            ",readonly=on"
+        } else {
+            ",werror=report,rerror=report,discard=unmap"
+        });
         add("-drive", drive);
         add("-device", format!("virtio-blk-pci,drive=disk{index},serial={}", disk.name).into());
     }

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use skimmer_bench::report;
 
-use crate::{fuzz, run};
+use crate::{fuzz, run, torture};
 
 /// Whether to write or to compare.
 #[derive(clap::Args)]
@@ -23,6 +23,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut documents = vec![("cli.md", cli()?), ("configuration.md", configuration()?)];
     documents.push(("performance.md", performance()?));
     documents.push(("fuzzing.md", fuzzing()?));
+    documents.push(("reliability.md", torture::document()?));
     let skimmerd = run::target_dir().join("debug/skimmerd");
     documents.push(("openapi.json", run::output(Command::new(skimmerd).arg("--openapi"))?));
     for (name, text) in documents {

@@ -110,6 +110,10 @@ impl Driver {
                 }
                 let _ = reply.send(Ok(()));
             }
+            Command::Lost { mode, blob, kept, reply } => {
+                self.lost(mode, blob, &kept);
+                let _ = reply.send(Ok(()));
+            }
             Command::Missing { blob, ranges, reply } => {
                 let _ = reply.send(self.missing(blob, &ranges));
             }

@@ -42,6 +42,10 @@ pub trait ReadySink: Send {
     /// Every referenced chunk of the file is written. Comes after the last `ready`; comes again when an image with
     /// more chunks was added and those too are written, and at once when a blob is watched that is already complete.
     fn complete(&self, mode: Mode, blob: BlobId);
+    /// What was said to be lost of the file is counted as missing: chunks that come from now on are whole.
+    fn renewed(&self, mode: Mode, blob: BlobId);
+    /// A write failed because the file system is full.
+    fn full(&self);
     /// Something a person should know: a read that had to be failed, a source that lies, a cache file that refuses
     /// writes. `blob` is `None` where no blob is concerned.
     fn fault(&self, blob: Option<BlobId>, message: &str);

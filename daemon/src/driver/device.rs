@@ -40,6 +40,11 @@ impl DeviceCare {
         self.restore_at.into_iter().chain(self.reread_at).min()
     }
 
+    /// This read waits under the number.
+    pub(super) fn waits(&mut self, msg_id: u32, read: ReadId) {
+        self.waiting.insert(msg_id, read);
+    }
+
     /// The read under this number waits no more.
     pub(super) fn done(&mut self, msg_id: u32, read: ReadId) {
         if self.waiting.get(&msg_id) == Some(&read) {
@@ -183,7 +188,7 @@ impl Driver {
         match self.objects.find(&FileKey::Fscache(key)) {
             Some(object) => {
                 let read = self.read(object, Ticket::Message(token), offset, len, Instant::now());
-                self.device.waiting.insert(msg_id, read);
+                self.device.waits(msg_id, read);
             }
             None => answer_message(token, Err(ReadError::UnknownObject)),
         }

@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::time::Instant;
 
-use skimmer_engine::{Failure, FailureClass, FlightId, Input, MapError, ObjectId, WriteId};
+use skimmer_engine::{Failure, FailureClass, FlightId, Input, MapError, ObjectId, WriteFailure, WriteId};
 use skimmer_fetcher::chunk::Verified;
 use skimmer_fetcher::source::Urgency;
 
@@ -275,6 +275,9 @@ impl Driver {
             }
         }
         let result = result.map_err(|error| write_failure(&error));
+        if result == Err(WriteFailure::NoSpace) {
+            self.sink.full();
+        }
         self.input(Input::WriteDone { write, result });
     }
 

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::recording::Recorded;
 use super::{DriverError, Status};
 use crate::blob::{BlobId, BlobSpec, ReadyBits};
-use crate::frontend::{CookieRole, FscacheSetup};
+use crate::frontend::{CookieRole, FscacheSetup, Mode};
 use crate::requests::Ahead;
 use crate::ring::Waker;
 
@@ -29,6 +29,7 @@ pub(crate) enum Command {
     Prefetch { blob: BlobId, range: Range<u64>, background: bool, reply: Reply<()> },
     Offer { ahead: Ahead, until: u64, reply: Reply<()> },
     StopFill { blob: BlobId, reply: Reply<()> },
+    Lost { mode: Mode, blob: BlobId, kept: ReadyBits, reply: Reply<()> },
     Missing { blob: BlobId, ranges: Vec<Range<u64>>, reply: Reply<(u64, u64)> },
     Prove { blob: BlobId, range: Range<u64>, seen: oneshot::Sender<()>, reply: Reply<()> },
     EndProof { blob: BlobId, reply: Reply<()> },
@@ -141,6 +142,11 @@ impl Handle {
     /// Bytes of the chunks in these device ranges, and of those the bytes that are not written yet.
     pub async fn missing(&self, blob: BlobId, ranges: Vec<Range<u64>>) -> Result<(u64, u64), DriverError> {
         self.ask(|reply| Command::Missing { blob, ranges, reply }).await
+    }
+
+    /// Counts as missing what is written to the blob's file, except `kept`: the disk failed. Readers wait on.
+    pub async fn lost(&self, mode: Mode, blob: BlobId, kept: ReadyBits) -> Result<(), DriverError> {
+        self.ask(|reply| Command::Lost { mode, blob, kept, reply }).await
     }
 
     /// Drops what background prefetches of the blob have not begun to fetch.

@@ -25,10 +25,10 @@ pub(super) enum Ticket {
 /// A kernel request that waits for bytes.
 pub(super) struct Read {
     object: ObjectId,
-    ticket: Ticket,
-    offset: u64,
-    len: u64,
-    since: Instant,
+    pub(super) ticket: Ticket,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) since: Instant,
     turn: u64,
 }
 
@@ -182,6 +182,15 @@ impl Driver {
             tracing::error!(read = id.0, "the engine completes a read that does not wait");
             return;
         };
+        if let Some((object, waiting)) = &mut self.remade
+            && *object == read.object
+            && result == Err(ReadError::Removed)
+        {
+            if let Ticket::Message(token) = &read.ticket {
+                self.device.done(token.msg_id(), id);
+            }
+            return waiting.push(read);
+        }
         let Read { object, ticket, offset, len, since, turn } = read;
         let ticket = match ticket {
             Ticket::Message(token) => {
@@ -219,6 +228,10 @@ impl Driver {
             let end = offset.saturating_add(len);
             self.fault(blob, &format!("a read of bytes {offset}..{end} failed: {error}{last}"));
         }
+        self.answer(ticket, result);
+    }
+
+    pub(super) fn answer(&mut self, ticket: Ticket, result: Result<(), ReadError>) {
         match ticket {
             Ticket::Event(event) => self.answer_event(event, result.map_err(deny_errno)),
             Ticket::Message(token) => answer_message(token, result),

@@ -8,6 +8,7 @@ mod error;
 mod flights;
 mod handle;
 mod kernel;
+mod lost;
 mod objects;
 mod recording;
 mod served;
@@ -18,7 +19,7 @@ use std::ops::Range;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use skimmer_engine::{Engine, FlightId, Input, Output, ReadId, Time, WriteId};
+use skimmer_engine::{Engine, FlightId, Input, ObjectId, Output, ReadId, Time, WriteId};
 use tokio::sync::{mpsc, oneshot};
 
 pub use config::{BlobStatus, DriverConfig, FileStatus, ReadySink, Status};
@@ -93,6 +94,8 @@ pub struct Driver {
     /// The keeper's socket is polled for room.
     room_polled: bool,
     next_read: u64,
+    /// The object that is being made anew, and its reads, which are not to fail for that.
+    remade: Option<(ObjectId, Vec<Read>)>,
     /// Set by a shutdown: nothing new is begun.
     stopping: bool,
     /// What keeps the driver from going on; it ends with this.
@@ -207,6 +210,7 @@ impl Driver {
             turn: 0,
             room_polled: false,
             next_read: 0,
+            remade: None,
             stopping: false,
             failed: None,
         })

@@ -160,6 +160,12 @@ impl Fanotify {
         self.keeper.send(Command::Present { file: watched.file, offset, count }).map(|_| ())
     }
 
+    /// Has the keeper ask for these bytes again.
+    pub(crate) fn absent(&mut self, blob: BlobId, offset: u64, count: u64) -> Result<(), KeeperError> {
+        let Some(watched) = self.blobs.get(&blob) else { return Ok(()) };
+        self.keeper.send(Command::Absent { file: watched.file, offset, count }).map(|_| ())
+    }
+
     /// Asks for the mark to be removed; [`Told::Unwatched`] answers. Nothing is asked for a blob that is not watched.
     pub(crate) fn unwatch(&mut self, blob: BlobId, complete: bool) -> Result<(), KeeperError> {
         let Some(watched) = self.blobs.get_mut(&blob) else { return Ok(()) };

@@ -44,7 +44,10 @@ impl Mounts {
             let estimate = base + now.saturating_sub(base_written);
             self.cache.used.store(estimate, Ordering::Relaxed);
             let high = self.high(estimate);
-            if estimate >= next || (estimate > high && now.saturating_sub(base_written) >= STEP) {
+            if self.journal.was_full()
+                || estimate >= next
+                || (estimate > high && now.saturating_sub(base_written) >= STEP)
+            {
                 base_written = now;
                 match self.make_room(high).await {
                     Ok(used) => {

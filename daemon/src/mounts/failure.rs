@@ -70,7 +70,11 @@ impl From<crate::store::StoreError> for Failure {
             _ => false,
         };
         let failure = Self::new(Kind::Internal, error.to_string());
-        if full { failure.remedy("free space on the file system of the root directory") } else { failure }
+        if full {
+            failure.remedy("free space or inodes on the file system of the root directory (see df and df -i)")
+        } else {
+            failure
+        }
     }
 }
 

@@ -81,7 +81,7 @@ pub struct Parts {
 pub struct KeeperState {
     /// Labels of the files it watched: blob ids.
     pub files: Vec<String>,
-    /// Whether it holds the cachefiles device.
+    /// Whether it held the cachefiles device.
     pub device_held: bool,
 }
 
@@ -389,6 +389,11 @@ impl Mounts {
                 self.faults.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, message);
             }
             Notice::Fault(None, _) => {}
+            Notice::Lost(mode, blob, kept) => {
+                if let Err(error) = self.driver.lost(mode, blob, kept).await {
+                    tracing::error!(%blob, "what its file lost is not missed: {error}");
+                }
+            }
             Notice::Complete(mode, blob) => self.on_complete(mode, blob).await,
         }
     }

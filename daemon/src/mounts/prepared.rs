@@ -227,10 +227,10 @@ impl Mounts {
     }
 
     /// Notes which prepared images are mounted, and drops the links of those that are so no more. They are released
-    /// then like a superblock that is gone.
-    pub(super) async fn look_after_prepared(&self, state: &mut State) -> Result<(), Failure> {
+    /// then like a superblock that is gone. Whether something changed, which is to be saved.
+    pub(super) async fn look_after_prepared(&self, state: &mut State) -> Result<bool, Failure> {
         if state.records().all(|record| record.prepared.is_none()) {
-            return Ok(());
+            return Ok(false);
         }
         let used = in_use(state).await?;
         let mut changed = false;
@@ -246,7 +246,7 @@ impl Mounts {
                 changed = true;
             }
         }
-        if changed { self.save(state, false) } else { Ok(()) }
+        Ok(changed)
     }
 }
 

@@ -140,7 +140,7 @@ impl Mounts {
 
     /// Drops superblocks that are gone, then what only they needed.
     pub(super) async fn release(&self, state: &mut State) -> Result<(), Failure> {
-        self.look_after_prepared(state).await?;
+        let changed = self.look_after_prepared(state).await?;
         let before = state.attachments.len();
         let present = mountinfo::erofs_mounts();
         let mut gone: Vec<String> = Vec::new();
@@ -168,10 +168,12 @@ impl Mounts {
         for recorder in recorded {
             self.end_recorder(&recorder).await;
         }
-        if state.attachments.len() != before {
+        if changed || state.attachments.len() != before {
             let blobs = shrinking.iter().copied().map(Item::Blob);
             blobs.chain(gone.iter().cloned().map(Item::Bootstrap)).for_each(|item| self.store.touch(&item));
             state.shrinking.extend(shrinking);
+            // What is told as released nobody can mount any more.
+            self.forget_cookies(state).await;
             self.save(state, false)?;
             for bootstrap in gone {
                 if !state.attachments.iter().any(|a| a.record.bootstrap == bootstrap) {
@@ -185,8 +187,8 @@ impl Mounts {
         Ok(())
     }
 
-    /// Lets go of cookies, marks and blobs that no superblock uses. What is busy stays for the next time.
-    pub(super) async fn release_unused(&self, state: &mut State) {
+    /// Has the kernel refused what no superblock uses, should it want to open that.
+    async fn forget_cookies(&self, state: &mut State) {
         let cookies: Vec<String> =
             state.cookies.iter().filter(|cookie| !is_wanted(state, cookie)).cloned().collect();
         for cookie in cookies {
@@ -194,6 +196,11 @@ impl Mounts {
                 state.cookies.remove(&cookie);
             }
         }
+    }
+
+    /// Lets go of cookies, marks and blobs that no superblock uses. What is busy stays for the next time.
+    pub(super) async fn release_unused(&self, state: &mut State) {
+        self.forget_cookies(state).await;
         // The journal's descriptors go first: the keeper removes a mark only when it holds the last one.
         let files: Vec<(Mode, BlobId)> = state.tracked.iter().copied().collect();
         for (mode, blob) in

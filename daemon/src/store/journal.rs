@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -65,8 +66,8 @@ pub struct Tracked<F> {
     pub recorded: ReadyBits,
     /// Written, not recorded.
     pending: BTreeSet<u32>,
-    /// The first failure; nothing is recorded after it. A failed sync may have lost data that a later one, which
-    /// succeeds, does not bring back.
+    /// The first failure; nothing is recorded after it until the file is [renewed](Self::renew). A failed sync may have
+    /// lost data that a later one, which succeeds, does not bring back.
     broken: Option<String>,
 }
 
@@ -81,6 +82,11 @@ impl<F> Tracked<F> {
         if self.broken.is_none() {
             self.pending.extend(chunks.iter().copied().filter(|chunk| !self.recorded.contains(*chunk)));
         }
+    }
+
+    /// What is not recorded is written anew: what comes from now on can be recorded again.
+    pub fn renew(&mut self) {
+        self.broken = None;
     }
 
     /// Makes the pending chunks durable, then records them.
@@ -123,6 +129,8 @@ impl<F> Tracked<F> {
 pub enum Notice {
     /// Every chunk of the file that images refer to is durable and recorded.
     Complete(Mode, BlobId),
+    /// The disk failed: only these chunks of the file are on record, and others that were written may be lost.
+    Lost(Mode, BlobId, ReadyBits),
     /// Something a person should know.
     Fault(Option<BlobId>, String),
 }
@@ -132,6 +140,7 @@ enum Message {
     Untrack(Mode, BlobId, oneshot::Sender<()>),
     Ready(Mode, BlobId, Vec<u32>),
     Complete(Mode, BlobId),
+    Renewed(Mode, BlobId),
     Recorded(Mode, BlobId, oneshot::Sender<Option<ReadyBits>>),
     Flush(oneshot::Sender<()>),
     Stop,
@@ -144,12 +153,18 @@ pub struct Journal {
     faults: tokio_mpsc::UnboundedSender<Notice>,
     thread: Arc<Mutex<Option<JoinHandle<bool>>>>,
     grown: Arc<Notify>,
+    full: Arc<AtomicBool>,
 }
 
 impl Journal {
-    /// Comes back when chunks were written since the last time.
+    /// Comes back when chunks were written, or could not be for want of space, since the last time.
     pub async fn grown(&self) {
         self.grown.notified().await;
+    }
+
+    /// Whether a write failed for want of space since the last time.
+    pub fn was_full(&self) -> bool {
+        self.full.swap(false, Ordering::Relaxed)
     }
 
     /// Starts the thread. Notices come out of the receiver.
@@ -163,8 +178,8 @@ impl Journal {
         let thread = std::thread::Builder::new().name("journal".into()).spawn(move || {
             Worker { files: HashMap::new(), disk: SystemDisk, notices, whole: true }.run(&inbox)
         })?;
-        let (thread, grown) = (Arc::new(Mutex::new(Some(thread))), Arc::default());
-        Ok((Self { messages, faults, thread, grown }, outbox))
+        let thread = Arc::new(Mutex::new(Some(thread)));
+        Ok((Self { messages, faults, thread, grown: Arc::default(), full: Arc::default() }, outbox))
     }
 
     /// Takes over a file's record. Call it before the data path may write the file. A file that is tracked already
@@ -219,6 +234,15 @@ impl ReadySink for Journal {
         let _ = self.messages.send(Message::Complete(mode, blob));
     }
 
+    fn renewed(&self, mode: Mode, blob: BlobId) {
+        let _ = self.messages.send(Message::Renewed(mode, blob));
+    }
+
+    fn full(&self) {
+        self.full.store(true, Ordering::Relaxed);
+        self.grown.notify_one();
+    }
+
     fn fault(&self, blob: Option<BlobId>, message: &str) {
         let _ = self.faults.send(Notice::Fault(blob, message.into()));
     }
@@ -253,6 +277,11 @@ impl Worker {
                     // A file without a record is never complete: its watch must stay.
                     if self.files.contains_key(&(mode, blob)) && self.commit(mode, blob) {
                         let _ = self.notices.send(Notice::Complete(mode, blob));
+                    }
+                }
+                Ok(Message::Renewed(mode, blob)) => {
+                    if let Some(file) = self.files.get_mut(&(mode, blob)) {
+                        file.renew();
                     }
                 }
                 Ok(Message::Track(mode, file, reply)) => {
@@ -299,6 +328,7 @@ impl Worker {
                 self.whole = false;
                 if !was_broken {
                     tracing::error!("{what}");
+                    let _ = self.notices.send(Notice::Lost(mode, blob, file.recorded.clone()));
                     let _ = self.notices.send(Notice::Fault(Some(blob), what));
                 }
                 false

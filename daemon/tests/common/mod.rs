@@ -268,6 +268,10 @@ impl ReadySink for Sink {
         self.0.lock().unwrap().push(Said::Complete(mode, blob));
     }
 
+    fn renewed(&self, _: Mode, _: BlobId) {}
+
+    fn full(&self) {}
+
     fn fault(&self, blob: Option<BlobId>, message: &str) {
         self.0.lock().unwrap().push(Said::Fault(blob, message.to_owned()));
     }

@@ -221,6 +221,11 @@ impl FaultServer {
         self.address.to_string()
     }
 
+    /// Serves another layout from now on.
+    pub fn serve(&self, layout: Layout) {
+        lock(&self.state).layout = layout;
+    }
+
     /// Misbehaves from now on.
     pub fn fault(&self, fault: Fault) {
         lock(&self.state).fault = Some((fault, None));

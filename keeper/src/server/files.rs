@@ -243,9 +243,12 @@ impl Files {
     }
 
     /// These bytes of the file are filled.
-    pub(crate) fn filled(&mut self, file: FileId, offset: u64, count: u64) {
+    pub(crate) fn filled(&mut self, file: FileId, offset: u64, count: u64, filled: bool) {
         if let Some(watched) = self.by_id.get_mut(&file) {
-            let (first, words) = watched.present.insert(offset, count);
+            let (first, words) = match filled {
+                true => watched.present.insert(offset, count),
+                false => watched.present.remove(offset, count),
+            };
             self.ledger.set_map(watched.slot, first, words);
         }
     }

@@ -48,11 +48,28 @@ impl Present {
                 *word |= 1 << (page % 64);
             }
         }
+        self.changed(offset.div_ceil(PAGE), last)
+    }
+
+    /// The pages that the range touches are not filled. Returns what [`Present::insert`] does.
+    pub(crate) fn remove(&mut self, offset: u64, count: u64) -> (usize, &[u64]) {
+        let end = offset.saturating_add(count).min(self.size);
+        let (first, last) = (offset / PAGE, end.div_ceil(PAGE));
+        for page in first..last {
+            let word = usize::try_from(page / 64).ok().and_then(|at| self.words.get_mut(at));
+            if let Some(word) = word {
+                *word &= !(1 << (page % 64));
+            }
+        }
+        self.changed(first, last)
+    }
+
+    /// The words of these pages, and the number of the first.
+    fn changed(&self, first: u64, last: u64) -> (usize, &[u64]) {
         let length = self.words.len();
-        let word = |page: u64| usize::try_from(page / 64).unwrap_or(length).min(length);
-        let first = word(offset.div_ceil(PAGE));
-        let behind = usize::try_from(last.div_ceil(64)).unwrap_or(length).clamp(first, length);
-        (first, &self.words[first..behind])
+        let at = usize::try_from(first / 64).unwrap_or(length).min(length);
+        let behind = usize::try_from(last.div_ceil(64)).unwrap_or(length).clamp(at, length);
+        (at, &self.words[at..behind])
     }
 
     /// Whether every page that the range touches is filled. A range that is empty or starts behind the end is not: it
@@ -85,6 +102,11 @@ mod tests {
         // Empty and beyond the end are not ordinary reads.
         assert!(!present.covers(PAGE, 0) && !present.covers(4 * PAGE, PAGE));
         present.insert(u64::MAX, u64::MAX);
+        // A page of which a part is lost is not filled.
+        present.remove(3 * PAGE, 1);
+        present.remove(PAGE + 5, 1);
+        assert!(!present.covers(3 * PAGE, 1) && !present.covers(PAGE, 1) && present.covers(2 * PAGE, PAGE));
+        present.remove(u64::MAX, u64::MAX);
         // No room for a map: nothing is ever filled.
         for (size, mapped) in [(MAX_MAPPED + 1, 0), (PAGE, MAX_MAPPED), (PAGE, u64::MAX)] {
             let mut present = Present::new(size, mapped);
@@ -96,16 +118,18 @@ mod tests {
     proptest! {
         #[test]
         fn covers_what_was_filled_and_nothing_else(
-            fills in proptest::collection::vec((0..40_u64, 0..20_u64), 0..12),
+            fills in proptest::collection::vec((0..40_u64, 0..20_u64, any::<bool>()), 0..12),
             asks in proptest::collection::vec((0..200_000_u64, 1..100_000_u64), 0..12),
         ) {
             const SIZE: u64 = 40 * PAGE;
             let mut present = Present::new(SIZE, 0);
             let mut filled = [false; 40];
-            for (first, pages) in fills {
-                present.insert(first * PAGE, pages * PAGE);
+            for (first, pages, fill) in fills {
+                let change = if fill { Present::insert } else { Present::remove };
+                let (word, words) = change(&mut present, first * PAGE, pages * PAGE);
+                prop_assert!(word + words.len() <= 1);
                 for page in first..(first + pages).min(40) {
-                    filled[usize::try_from(page).unwrap()] = true;
+                    filled[usize::try_from(page).unwrap()] = fill;
                 }
             }
             for (offset, count) in asks {

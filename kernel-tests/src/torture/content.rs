@@ -1,6 +1,7 @@
 //! What the images hold: each block tells which one of which image it is.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -68,4 +69,29 @@ pub(super) fn images(
         made(&layout, number)?;
     }
     Ok(())
+}
+
+/// Reads all of an image's file: how many of its blocks were wrong, and how many could not be read.
+pub(super) fn wrong_blocks(file: &File, image: u64) -> Result<(u64, u64)> {
+    let block_bytes = u64::try_from(BLOCK)?;
+    let blocks = file.metadata()?.len() / block_bytes;
+    // As a program reads that copies: not block by block.
+    let at_once = 64;
+    let mut buffer = vec![0; BLOCK * usize::try_from(at_once)?];
+    let (mut wrong, mut errors) = (0, 0);
+    let mut first = 0;
+    while first < blocks {
+        let count = at_once.min(blocks - first);
+        let part = &mut buffer[..BLOCK * usize::try_from(count)?];
+        match file.read_exact_at(part, first * block_bytes) {
+            Ok(()) => {
+                let pairs = (first..).zip(part.chunks(BLOCK));
+                wrong +=
+                    u64::try_from(pairs.filter(|(number, bytes)| *bytes != block(image, *number)).count())?;
+            }
+            Err(_) => errors += count,
+        }
+        first += count;
+    }
+    Ok((wrong, errors))
 }
