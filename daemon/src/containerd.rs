@@ -71,22 +71,17 @@ impl Images for Lazily {
         Ok(())
     }
 
-    async fn pulling(&self, name: &str, login: &Login) -> bool {
+    async fn pulling(&self, name: &str, login: &Login) {
         // What is no name of an image, containerd says.
-        let Ok(image) = RegistryRef::parse(name) else { return false };
-        self.1.put(&image, credentials(login)).unwrap_or_else(|error| {
-            tracing::warn!(image = name, "the login of a pull is known to this daemon only: {error}");
-            false
-        })
+        if let Ok(image) = RegistryRef::parse(name) {
+            self.1.offer(&image, credentials(login));
+        }
     }
 
-    async fn pulled(&self, name: &str, login: &Login, keep: bool) {
+    async fn pulled(&self, name: &str, login: &Login, succeeded: bool) {
         let Ok(image) = RegistryRef::parse(name) else { return };
-        let login = credentials(login);
-        // Once more when it is good: another pull may have failed with it meanwhile.
-        let done = if keep { self.1.put(&image, login).map(drop) } else { self.1.remove(&image, &login) };
-        if let Err(error) = done {
-            tracing::warn!(image = name, "the login of a pull: {error}");
+        if let Err(error) = self.1.settle(&image, credentials(login), succeeded) {
+            tracing::warn!(image = name, "the login of a pull is known to this daemon only: {error}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -15,11 +15,12 @@ use crate::store::{StoreError, records};
 
 /// How long a login is kept without an image that needs it: its pull may still be under way.
 const UNUSED: Duration = Duration::from_secs(3600);
-/// Repositories whose logins are kept at most, and logins of one while pulls are under way.
+/// Repositories whose logins are kept at most, and logins of pulls under way of each.
 const MAX_REPOSITORIES: usize = 4096;
-const MAX_LOGINS: usize = 4;
+const MAX_OFFERED: usize = 64;
 
-/// The logins, by repository. They also lie in the runtime directory, mode 0600, for the next daemon of this boot.
+/// The logins, by repository. Those of pulls that succeeded also lie in the runtime directory, mode 0600, for the next
+/// daemon of this boot.
 #[derive(Debug)]
 pub struct Pulls {
     path: PathBuf,
@@ -29,8 +30,11 @@ pub struct Pulls {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Pulled {
-    /// The newest is the last.
-    logins: Vec<Credentials>,
+    /// That of the last pull that succeeded.
+    proved: Option<Credentials>,
+    /// Those of pulls under way, once for each; the newest is the last.
+    #[serde(skip)]
+    offered: Vec<Credentials>,
     /// When the newest came, milliseconds since 1970.
     since_ms: u64,
 }
@@ -45,43 +49,39 @@ impl Pulls {
         Self { path, by_repository: Mutex::new(by_repository.unwrap_or_default()) }
     }
 
-    /// Takes a login for an image's repository before any older one. Says whether it was known.
+    /// A pull of the image begins: its login is tried where there is no better one.
+    pub fn offer(&self, image: &RegistryRef, login: Credentials) {
+        let mut all = self.all();
+        let pulled = all.entry(key(image.host(), image.repository())).or_default();
+        pulled.since_ms = now_ms();
+        pulled.offered.push(login);
+        if pulled.offered.len() > MAX_OFFERED {
+            pulled.offered.remove(0);
+        }
+        while all.len() > MAX_REPOSITORIES
+            && let Some(oldest) =
+                all.iter().min_by_key(|(_, pulled)| pulled.since_ms).map(|(name, _)| name.clone())
+        {
+            all.remove(&oldest);
+        }
+    }
+
+    /// The pull of an offer is over. If it succeeded, its login is the repository's from now on.
     ///
     /// # Errors
     /// It cannot be written down.
-    pub fn put(&self, image: &RegistryRef, login: Credentials) -> Result<bool, StoreError> {
-        let mut was_known = false;
+    pub fn settle(&self, image: &RegistryRef, login: Credentials, succeeded: bool) -> Result<(), StoreError> {
         self.change(|all| {
             let pulled = all.entry(key(image.host(), image.repository())).or_default();
-            was_known = pulled.logins.contains(&login);
-            let is_last = pulled.logins.last() == Some(&login);
+            if let Some(at) = pulled.offered.iter().rposition(|offered| *offered == login) {
+                pulled.offered.remove(at);
+            }
+            if !succeeded || pulled.proved.as_ref() == Some(&login) {
+                return false;
+            }
             pulled.since_ms = now_ms();
-            pulled.logins.retain(|known| *known != login);
-            pulled.logins.push(login);
-            if pulled.logins.len() > MAX_LOGINS {
-                pulled.logins.remove(0);
-            }
-            while all.len() > MAX_REPOSITORIES
-                && let Some(oldest) =
-                    all.iter().min_by_key(|(_, pulled)| pulled.since_ms).map(|(name, _)| name.clone())
-            {
-                all.remove(&oldest);
-            }
-            !is_last
-        })?;
-        Ok(was_known)
-    }
-
-    /// Forgets a login.
-    ///
-    /// # Errors
-    /// As [`Self::put`].
-    pub fn remove(&self, image: &RegistryRef, login: &Credentials) -> Result<(), StoreError> {
-        self.change(|all| {
-            let Some(pulled) = all.get_mut(&key(image.host(), image.repository())) else { return false };
-            let before = pulled.logins.len();
-            pulled.logins.retain(|known| known != login);
-            pulled.logins.len() < before
+            pulled.proved = Some(login);
+            true
         })
     }
 
@@ -100,16 +100,22 @@ impl Pulls {
     }
 
     fn change(&self, change: impl FnOnce(&mut BTreeMap<String, Pulled>) -> bool) -> Result<(), StoreError> {
-        let mut all = self.by_repository.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.all();
         if change(&mut all) { records::save(&self.path, &*all) } else { Ok(()) }
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Pulled>> {
+        self.by_repository.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Logins for Pulls {
-    fn login(&self, host: &str, repository: &str) -> Option<Credential> {
-        let all = self.by_repository.lock().unwrap_or_else(PoisonError::into_inner);
-        let newest = all.get(&key(host, repository))?.logins.last()?;
-        Some(credential(newest))
+    fn login(&self, host: &str, repository: &str, refused: bool) -> Option<Credential> {
+        let all = self.all();
+        let Pulled { proved, offered, .. } = all.get(&key(host, repository))?;
+        // What running containers read with must not depend on what somebody else is trying.
+        let best = proved.as_ref().filter(|_| !refused || offered.is_empty());
+        best.or(offered.last()).map(credential)
     }
 }
 
@@ -138,49 +144,60 @@ mod tests {
         RegistryRef::parse(name).unwrap()
     }
 
-    fn known(pulls: &Pulls, repository: &str) -> Option<String> {
-        match pulls.login("h.io", repository)? {
+    fn known(pulls: &Pulls, repository: &str, refused: bool) -> Option<String> {
+        match pulls.login("h.io", repository, refused)? {
             Credential::Password { password, .. } => Some(password.reveal().to_owned()),
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn the_newest_login_counts_and_a_failed_one_does_not() {
+    fn a_login_counts_once_a_pull_has_succeeded_with_it() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pulled.json");
         let pulls = Pulls::open(path.clone());
         let app = image("h.io/team/app:1");
-        assert!(!pulls.put(&app, login("old")).unwrap());
-        assert!(!pulls.put(&app, login("new")).unwrap());
-        assert!(pulls.put(&app, login("new")).unwrap());
-        assert_eq!(known(&pulls, "team/app").as_deref(), Some("new"));
-        assert_eq!(known(&pulls, "team/other"), None);
-        pulls.put(&image("h.io/team/app:2"), login("wrong")).unwrap();
-        pulls.remove(&app, &login("wrong")).unwrap();
+        pulls.offer(&app, login("old"));
+        assert_eq!(known(&pulls, "team/app", false).as_deref(), Some("old"), "there is no other");
+        pulls.settle(&app, login("old"), true).unwrap();
+        assert_eq!(known(&pulls, "team/other", false), None);
+        // While another one is tried, it is shown only where the good one was refused.
+        pulls.offer(&image("h.io/team/app:2"), login("new"));
+        pulls.offer(&app, login("new"));
+        assert_eq!(known(&pulls, "team/app", false).as_deref(), Some("old"));
+        assert_eq!(known(&pulls, "team/app", true).as_deref(), Some("new"));
+        pulls.settle(&app, login("new"), false).unwrap();
+        assert_eq!(known(&pulls, "team/app", true).as_deref(), Some("new"), "of the other pull");
+        pulls.settle(&app, login("new"), false).unwrap();
+        assert_eq!(known(&pulls, "team/app", true).as_deref(), Some("old"));
+        // A good login stays, whatever a pull with it fails for.
+        pulls.offer(&app, login("old"));
+        pulls.settle(&app, login("old"), false).unwrap();
+        assert_eq!(known(&pulls, "team/app", false).as_deref(), Some("old"));
+        pulls.settle(&app, login("new"), true).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let later = Pulls::open(path.clone());
-        assert_eq!(known(&later, "team/app").as_deref(), Some("new"));
+        assert_eq!(known(&later, "team/app", false).as_deref(), Some("new"));
         // Still within its hour.
         later.retain(std::iter::empty()).unwrap();
-        assert_eq!(known(&later, "team/app").as_deref(), Some("new"));
-        for all in later.by_repository.lock().unwrap().values_mut() {
+        assert_eq!(known(&later, "team/app", false).as_deref(), Some("new"));
+        for all in later.all().values_mut() {
             all.since_ms = 0;
         }
         later.retain(std::iter::once(&app)).unwrap();
-        assert_eq!(known(&later, "team/app").as_deref(), Some("new"));
+        assert_eq!(known(&later, "team/app", false).as_deref(), Some("new"));
         later.retain(std::iter::empty()).unwrap();
-        assert_eq!(known(&Pulls::open(path), "team/app"), None);
+        assert_eq!(known(&Pulls::open(path), "team/app", false), None);
     }
 
     #[test]
     fn many_logins_do_not_pile_up() {
         let dir = tempfile::tempdir().unwrap();
         let pulls = Pulls::open(dir.path().join("pulled.json"));
-        for number in 0..20 {
-            pulls.put(&image("h.io/a"), login(&number.to_string())).unwrap();
+        for number in 0..2 * MAX_OFFERED {
+            pulls.offer(&image("h.io/a"), login(&number.to_string()));
         }
-        assert_eq!(pulls.by_repository.lock().unwrap()["h.io/a"].logins.len(), MAX_LOGINS);
+        assert_eq!(pulls.all()["h.io/a"].offered.len(), MAX_OFFERED);
     }
 }

@@ -231,10 +231,10 @@ fn a_commit_is_data_sync_then_map_then_map_sync() {
     let mut log = Log(Vec::new());
     let mut tracked = Tracked::new(identity().blob, Which::Data, Which::Map, ReadyBits::new());
     tracked.wrote(&[1, 2, 3]);
-    tracked.commit(&mut log).unwrap();
+    assert_eq!(tracked.commit(&mut log).unwrap(), [1, 2, 3]);
     assert_eq!(log.0, ["sync data", "write map", "sync map"]);
     tracked.wrote(&[2]);
-    tracked.commit(&mut log).unwrap();
+    assert_eq!(tracked.commit(&mut log).unwrap(), [0; 0]);
     assert_eq!(log.0.len(), 3, "what is recorded is not recorded again");
     assert_eq!(tracked.recorded.count(), 3);
 }

@@ -120,8 +120,8 @@ impl Engine {
         match input {
             Input::AddObject { object, chunks, ready } => self.add_object(object, chunks, ready),
             Input::RemoveObject { object } => self.remove_object(object),
-            Input::SetSources { object, count } => match self.objects.get_mut(&object) {
-                Some(object) => object.sources = count.max(1),
+            Input::SetSources { object, count, piece } => match self.objects.get_mut(&object) {
+                Some(object) => (object.sources, object.piece) = (count.max(1), piece),
                 None => self.ignore(),
             },
             Input::Read { read, object, offset, len } => self.read(read, object, offset, len),

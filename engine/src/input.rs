@@ -34,6 +34,8 @@ pub enum Input {
         object: ObjectId,
         /// Number of sources; 0 counts as 1.
         count: u32,
+        /// Stored bytes that they move at once, counted from the blob's start: windows end at these borders. 0 for none.
+        piece: u64,
     },
     /// A read waits for bytes of an object.
     Read {

@@ -21,6 +21,8 @@ pub(crate) struct Object {
     pub(crate) misses: Misses,
     pub(crate) link: Link,
     pub(crate) sources: u32,
+    /// Stored bytes that they move at once, or 0.
+    pub(crate) piece: u64,
     /// Exactly the chunks asked for are fetched.
     pub(crate) exact: bool,
     /// Flights that are not released yet.
@@ -67,6 +69,7 @@ impl Object {
             misses: Misses::default(),
             link: Link::default(),
             sources: 1,
+            piece: 0,
             exact: false,
             flights: 0,
             chained: 0,
@@ -78,6 +81,22 @@ impl Object {
     /// The chunks that hold a byte of a device range.
     pub(crate) fn chunks_of(&self, bytes: &Range<u64>) -> Range<u32> {
         lookup(&self.chunks, bytes)
+    }
+
+    /// How much of `chunks` to fetch ahead so as to end at a piece of the source: a piece that is begun moves whole.
+    pub(crate) fn within_pieces(&self, chunks: &Range<u32>) -> Range<u32> {
+        let run = self.chunks.get(index(chunks.start)..index(chunks.end)).unwrap_or(&[]);
+        let (true, Some(last)) = (chunks.end < self.ready.len(), run.last()) else { return chunks.clone() };
+        let border =
+            last.stored_end().checked_next_multiple_of(self.piece).filter(|next| *next > last.stored_end());
+        let Some(border) = border.and_then(|next| next.checked_sub(self.piece)) else {
+            return chunks.clone();
+        };
+        let behind = run.iter().rev().take_while(|chunk| chunk.stored_end() > border).count();
+        match u32::try_from(behind).ok().and_then(|behind| chunks.end.checked_sub(behind)) {
+            Some(end) if end > chunks.start => chunks.start..end,
+            _ => chunks.clone(),
+        }
     }
 
     /// Whether at least half of a chunk lies before the end of a device range: windows end at the nearest chunk.
@@ -171,6 +190,30 @@ mod tests {
             carry_over(&old, &old_ready, &moved, &mut ReadySet::new(2)),
             Err(MapError::Lost { start: 8192 })
         );
+    }
+
+    #[test]
+    fn a_window_ends_at_a_piece_of_the_source() {
+        let chunks: Vec<Chunk> = (0..64).map(|i| chunk(i * 4096)).collect();
+        let mut object = Object::new(chunks, ReadySet::new(64));
+        assert_eq!(object.within_pieces(&(3..21)), 3..21);
+        object.piece = 16 * 4096;
+        assert_eq!(object.within_pieces(&(3..21)), 3..16);
+        assert_eq!(object.within_pieces(&(3..16)), 3..16);
+        assert_eq!(object.within_pieces(&(3..14)), 3..14, "no border within");
+        assert_eq!(object.within_pieces(&(16..21)), 16..21, "from a border into its piece");
+        assert_eq!(object.within_pieces(&(3..64)), 3..64);
+        // A chunk over the border belongs to the next piece, too.
+        object.piece = 16 * 4096 + 1000;
+        assert_eq!(object.within_pieces(&(3..21)), 3..16);
+        // The end of the blob is one.
+        object.piece = 60 * 4096;
+        assert_eq!(object.within_pieces(&(3..64)), 3..64);
+        assert_eq!(object.within_pieces(&(9..9)), 9..9);
+        for odd in [1, u64::MAX, u64::MAX - 1] {
+            object.piece = odd;
+            assert!(!object.within_pieces(&(3..21)).is_empty());
+        }
     }
 
     #[test]

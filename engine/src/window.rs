@@ -80,6 +80,13 @@ impl Windows {
         Advice { ahead: Some(stream.start..stream.end), stale: None }
     }
 
+    /// A window that was to end at `end` ends at `cut` instead; the next one goes on from there.
+    pub(crate) fn cut(&mut self, end: u64, cut: u64) {
+        for stream in self.streams.iter_mut().filter(|stream| stream.end == end && stream.start < cut) {
+            stream.end = cut;
+        }
+    }
+
     /// Starts a stream at a read that belongs to none.
     fn open(&mut self, read: &Range<u64>, config: &Config, floor: u64) -> Advice {
         let last = self.streams.iter().max_by_key(|stream| stream.used);

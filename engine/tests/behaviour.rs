@@ -248,7 +248,7 @@ fn failures_are_retried_with_backoff_and_then_told_and_then_forgotten() {
 fn other_sources_are_tried_at_once_and_each_once() {
     let mut shell = Shell::new(off());
     shell.add(A, even(10, 4096));
-    shell.give(Input::SetSources { object: A, count: 3 });
+    shell.give(Input::SetSources { object: A, count: 3, piece: 0 });
     let mut out = shell.read(A, 0, 4096);
     for attempt in 1..=3 {
         let (flight, _, _, number) = fetches(&out)[0].clone();

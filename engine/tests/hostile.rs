@@ -49,7 +49,7 @@ fn input() -> impl Strategy<Value = Input> {
             Input::AddObject { object, chunks, ready }
         }),
         1 => object().prop_map(|object| Input::RemoveObject { object }),
-        1 => (object(), any::<u32>()).prop_map(|(object, count)| Input::SetSources { object, count }),
+        1 => (object(), any::<u32>(), odd()).prop_map(|(object, count, piece)| Input::SetSources { object, count, piece }),
         8 => (read(), object(), odd(), odd())
             .prop_map(|(read, object, offset, len)| Input::Read { read, object, offset, len }),
         1 => read().prop_map(|read| Input::CancelRead { read }),

@@ -66,8 +66,9 @@ pub struct Found {
 
 /// Logins that somebody else keeps, and may change at any time.
 pub trait Logins: Send + Sync {
-    /// The login for a repository of a host, if there is one.
-    fn login(&self, host: &str, repository: &str) -> Option<Credential>;
+    /// The login for a repository of a host, if there is one; after the host refused what this gave before, maybe
+    /// another.
+    fn login(&self, host: &str, repository: &str, refused: bool) -> Option<Credential>;
 }
 
 /// Where credentials come from. Cheap to clone; clones share what credential programs answered.
@@ -207,7 +208,7 @@ impl Credentials {
         if let Some((_, credential)) = self.0.fixed.iter().rev().find(|(known, _)| known == host) {
             return Found { credential: credential.clone(), problem: None };
         }
-        let kept = self.0.logins.as_ref().and_then(|logins| logins.login(host, repository));
+        let kept = self.0.logins.as_ref().and_then(|logins| logins.login(host, repository, fresh));
         if let Some(credential) = kept {
             return Found { credential, problem: None };
         }

@@ -60,6 +60,11 @@ pub trait Source: Send + Sync {
         1
     }
 
+    /// Stored bytes of the blob that it moves at once, whatever is asked of them; `None` where just what is asked moves.
+    fn piece(&self, _: &BlobRef) -> Option<u64> {
+        None
+    }
+
     /// Whether the source holds the blob with the size that `blob` states.
     async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError>;
 }

@@ -128,7 +128,7 @@ fn input(u: &mut Unstructured<'_>, world: &World) -> Result<(Time, Input)> {
             Input::AddObject { object, chunks: list, ready }
         }
         3 => Input::RemoveObject { object },
-        4 => Input::SetSources { object, count: u.arbitrary()? },
+        4 => Input::SetSources { object, count: u.arbitrary()?, piece: u.arbitrary()? },
         5..=12 => {
             let read = ReadId(u.int_in_range(0..=15)?);
             let len = if u.arbitrary()? { offset(u)? } else { 4096 };

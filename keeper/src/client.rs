@@ -1,7 +1,7 @@
 //! The daemon's side of the keeper's socket.
 
 use crate::packet::{self, Received};
-use crate::protocol::{Errno, EventId, FileId, Label, Message, ProtocolError, Refusal, Reply, Request};
+use crate::protocol::{Errno, EventId, FileId, Fill, Label, Message, ProtocolError, Refusal, Reply, Request};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno as Sys;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -50,25 +50,18 @@ pub enum Command<'a> {
         /// What the accessor gets. Errors that fanotify does not permit become `EIO`.
         result: Result<(), Errno>,
     },
-    /// These bytes of a watched file are written and verified. The keeper answers accesses to them itself from now on,
-    /// whether a daemon lives or not. There is no `Done`; a file that is not watched is ignored.
-    Present {
+    /// What is in these bytes of a watched file. The keeper answers accesses to what is filled itself from now on: to
+    /// what is [`Fill::Durable`] whether a daemon lives or not, to what is [`Fill::Written`] while this connection lasts.
+    /// There is no `Done`; a file that is not watched is ignored.
+    Fill {
         /// Which file.
         file: FileId,
         /// First byte.
         offset: u64,
-        /// Bytes; whole pages count.
+        /// Bytes. Filled is a page of which all is filled, absent one of which any is absent.
         count: u64,
-    },
-    /// These bytes of a watched file are not filled after all, for they were lost: the keeper asks for them again. There
-    /// is no `Done`.
-    Absent {
-        /// Which file.
-        file: FileId,
-        /// First byte.
-        offset: u64,
-        /// Bytes; every page that they touch counts.
-        count: u64,
+        /// What is there.
+        fill: Fill,
     },
     /// Open `/dev/cachefiles`, or hand out the one that is open; brings [`Notice::Device`], or `Done` with the error.
     OpenDevice,
@@ -306,8 +299,9 @@ impl Keeper {
             }
             Command::Unwatch { file, complete } => (Request::Unwatch { file, complete }, None),
             Command::Answer { event, result } => (Request::Answer { event, errno: result.err() }, None),
-            Command::Present { file, offset, count } => (Request::Present { file, offset, count }, None),
-            Command::Absent { file, offset, count } => (Request::Absent { file, offset, count }, None),
+            Command::Fill { file, offset, count, fill } => {
+                (Request::Fill { file, offset, count, fill }, None)
+            }
             Command::OpenDevice => (Request::OpenDevice, None),
             Command::CloseDevice => (Request::CloseDevice, None),
             Command::Stop => (Request::Stop, None),

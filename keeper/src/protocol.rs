@@ -121,6 +121,17 @@ impl fmt::Display for Label {
     }
 }
 
+/// What a range of a watched file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// Nothing, or nothing any more.
+    Absent,
+    /// The right bytes, as long as the disk takes them: the word of a daemon that lives and would hear of a failure.
+    Written,
+    /// The right bytes, on disk.
+    Durable,
+}
+
 /// Daemon to keeper.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
@@ -145,23 +156,16 @@ pub enum Request {
         /// The error it fails with.
         errno: Option<Errno>,
     },
-    /// These bytes of a watched file are filled and verified: the keeper itself lets accesses to them go on.
-    Present {
+    /// What is in these bytes of a watched file: accesses to what is filled and verified the keeper itself lets go on.
+    Fill {
         /// Which file.
         file: FileId,
         /// First byte.
         offset: u64,
         /// Bytes.
         count: u64,
-    },
-    /// These bytes of a watched file are not filled after all: accesses to them are relayed again.
-    Absent {
-        /// Which file.
-        file: FileId,
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        count: u64,
+        /// What is there.
+        fill: Fill,
     },
     /// Open `/dev/cachefiles`, or hand out the open one.
     OpenDevice,
@@ -366,8 +370,14 @@ impl Request {
             Self::OpenDevice => Packet::new(4, seq, 0, [0; 3]),
             Self::CloseDevice => Packet::new(5, seq, 0, [0; 3]),
             Self::Stop => Packet::new(6, seq, 0, [0; 3]),
-            Self::Present { file, offset, count } => Packet::new(7, seq, 0, [file.0, offset, count]),
-            Self::Absent { file, offset, count } => Packet::new(8, seq, 0, [file.0, offset, count]),
+            Self::Fill { file, offset, count, fill } => {
+                let code = match fill {
+                    Fill::Absent => 0,
+                    Fill::Written => 1,
+                    Fill::Durable => 2,
+                };
+                Packet::new(7, seq, code, [file.0, offset, count])
+            }
         }
         .encode()
     }
@@ -386,14 +396,18 @@ impl Request {
             4 => Self::OpenDevice,
             5 => Self::CloseDevice,
             6 => Self::Stop,
-            7 if second.checked_add(third).is_some() => {
-                Self::Present { file: FileId(first), offset: second, count: third }
+            7 if second.checked_add(third).is_none() => {
+                return Err(ProtocolError::Field { kind: "Fill", field: "range", offset: 24 });
             }
-            8 if second.checked_add(third).is_some() => {
-                Self::Absent { file: FileId(first), offset: second, count: third }
+            7 => {
+                let fill = match packet.code {
+                    0 => Fill::Absent,
+                    1 => Fill::Written,
+                    2 => Fill::Durable,
+                    _ => return Err(ProtocolError::Field { kind: "Fill", field: "fill", offset: 12 }),
+                };
+                Self::Fill { file: FileId(first), offset: second, count: third, fill }
             }
-            7 => return Err(ProtocolError::Field { kind: "Present", field: "range", offset: 24 }),
-            8 => return Err(ProtocolError::Field { kind: "Absent", field: "range", offset: 24 }),
             kind => return Err(ProtocolError::Kind(kind)),
         };
         Ok((packet.seq, request))
@@ -406,8 +420,7 @@ impl Request {
             Self::Watch { .. } => "Watch",
             Self::Unwatch { .. } => "Unwatch",
             Self::Answer { .. } => "Answer",
-            Self::Present { .. } => "Present",
-            Self::Absent { .. } => "Absent",
+            Self::Fill { .. } => "Fill",
             Self::OpenDevice => "OpenDevice",
             Self::CloseDevice => "CloseDevice",
             Self::Stop => "Stop",
@@ -529,6 +542,10 @@ mod tests {
         (0..=ERRNO_MAX).prop_map(Errno::new)
     }
 
+    fn fill() -> impl Strategy<Value = Fill> {
+        prop_oneof![Just(Fill::Absent), Just(Fill::Written), Just(Fill::Durable)]
+    }
+
     fn request() -> impl Strategy<Value = Request> {
         prop_oneof![
             (any::<u64>(), label()).prop_map(|(file, label)| Request::Watch { file: FileId(file), label }),
@@ -536,11 +553,8 @@ mod tests {
                 .prop_map(|(file, complete)| Request::Unwatch { file: FileId(file), complete }),
             (any::<u64>(), maybe_errno())
                 .prop_map(|(event, errno)| Request::Answer { event: EventId(event), errno }),
-            (any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(file, offset, count)| {
-                Request::Present { file: FileId(file), offset: offset.into(), count: count.into() }
-            }),
-            (any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(file, offset, count)| {
-                Request::Absent { file: FileId(file), offset: offset.into(), count: count.into() }
+            (any::<u64>(), any::<u32>(), any::<u32>(), fill()).prop_map(|(file, offset, count, fill)| {
+                Request::Fill { file: FileId(file), offset: offset.into(), count: count.into(), fill }
             }),
             Just(Request::OpenDevice),
             Just(Request::CloseDevice),

@@ -66,16 +66,14 @@ impl ImageService {
         let body = body.map_err(|error| Status::invalid_argument(format!("reading the pull: {error}")))?;
         let body = body.to_bytes();
         let login = login(&body);
-        let was_known = match &login {
-            Some((image, login)) => self.images.pulling(image, login).await,
-            None => false,
-        };
+        if let Some((image, login)) = &login {
+            self.images.pulling(image, login).await;
+        }
         let request = Request::from_parts(head, Body::new(Full::new(body)));
         let answer = self.answer(request).await;
         if let Some((image, login)) = login {
-            // What failed with a login that is known to be good had another reason.
             let succeeded = answer.as_ref().is_ok_and(|(_, succeeded)| *succeeded);
-            self.images.pulled(&image, &login, succeeded || was_known).await;
+            self.images.pulled(&image, &login, succeeded).await;
         }
         answer.map(|(answer, _)| answer)
     }

@@ -59,12 +59,11 @@ impl std::fmt::Debug for Login {
 /// Mounts images so that their data comes when it is read.
 #[async_trait]
 pub trait Images: Send + Sync + 'static {
-    /// A pull of the image `name` begins that has a login. It is to be used for the image's repository from now on.
-    /// Says whether it was known before.
-    async fn pulling(&self, name: &str, login: &Login) -> bool;
+    /// A pull of the image `name` begins, with this login for the image's repository.
+    async fn pulling(&self, name: &str, login: &Login);
 
-    /// The pull has ended; whether the login is to be kept.
-    async fn pulled(&self, name: &str, login: &Login, keep: bool);
+    /// The pull has ended. When it succeeded, the login is to be used for the repository from now on.
+    async fn pulled(&self, name: &str, login: &Login, succeeded: bool);
 
     /// Mounts an image on an existing directory; returns when it can be read.
     async fn mount(&self, image: &ImageName, pull: Pull, target: PathBuf) -> Result<(), Error>;

@@ -28,7 +28,7 @@ const IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 struct Noted {
     mounted: Mutex<BTreeMap<PathBuf, (String, Option<String>)>>,
     busy: Mutex<bool>,
-    /// Image and password of pulls; whether to keep it at their end.
+    /// Image and password of pulls; whether they succeeded, at their end.
     pulls: Mutex<Vec<(String, String, Option<bool>)>>,
 }
 
@@ -44,14 +44,12 @@ impl Images for Noted {
         Ok(())
     }
 
-    async fn pulling(&self, name: &str, login: &Login) -> bool {
-        let mut pulls = self.pulls.lock().unwrap();
-        pulls.push((name.to_owned(), login.password.clone(), None));
-        false
+    async fn pulling(&self, name: &str, login: &Login) {
+        self.pulls.lock().unwrap().push((name.to_owned(), login.password.clone(), None));
     }
 
-    async fn pulled(&self, name: &str, login: &Login, keep: bool) {
-        self.pulls.lock().unwrap().push((name.to_owned(), login.password.clone(), Some(keep)));
+    async fn pulled(&self, name: &str, login: &Login, succeeded: bool) {
+        self.pulls.lock().unwrap().push((name.to_owned(), login.password.clone(), Some(succeeded)));
     }
 
     async fn umount(&self, target: PathBuf) -> Result<(), Error> {
@@ -331,7 +329,7 @@ async fn a_pull_that_containerd_does_not_answer_leaves_no_login() {
     };
     let error = ask("/runtime.v1.ImageService/PullImage").await;
     assert!(error.code() == Code::Unavailable && error.message().contains("containerd"), "{error}");
-    let pull = |keep| ("h.io/a:1".to_owned(), "pw".to_owned(), keep);
+    let pull = |succeeded| ("h.io/a:1".to_owned(), "pw".to_owned(), succeeded);
     assert_eq!(*service.images.pulls.lock().unwrap(), [pull(None), pull(Some(false))]);
     // Nothing else is looked at.
     assert_eq!(ask("/runtime.v1.ImageService/ListImages").await.code(), Code::Unavailable);

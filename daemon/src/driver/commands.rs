@@ -11,7 +11,6 @@ use skimmer_fetcher::source::Source;
 use skimmer_keeper::client::KeeperError;
 use skimmer_keeper::protocol::Errno;
 
-use super::flights::runs;
 use super::handle::{Command, Reply};
 use super::objects::{Blob, FileKey, Object, engine_view};
 use super::{BlobStatus, DEVICE, Driver, DriverError, FileStatus, Status};
@@ -110,6 +109,10 @@ impl Driver {
                 }
                 let _ = reply.send(Ok(()));
             }
+            Command::Durable { blob, chunks, reply } => {
+                self.durable(blob, &chunks);
+                let _ = reply.send(Ok(()));
+            }
             Command::Lost { mode, blob, kept, reply } => {
                 self.lost(mode, blob, &kept);
                 let _ = reply.send(Ok(()));
@@ -148,7 +151,7 @@ impl Driver {
     fn add_blob(
         &mut self,
         spec: BlobSpec,
-        ready: &ReadyBits,
+        durable: &ReadyBits,
         sources: Vec<Arc<dyn Source>>,
     ) -> Result<(), DriverError> {
         let id = spec.id;
@@ -161,16 +164,17 @@ impl Driver {
             });
         }
         match self.blobs.get_mut(&id) {
-            Some(known) => known.merge(&spec, ready, sources)?,
+            Some(known) => known.merge(&spec, durable, sources)?,
             None => {
-                let mut blob = Blob { spec, ready: ready.clone(), sources: Vec::new() };
+                let (ready, durable) = (durable.clone(), durable.clone());
+                let mut blob = Blob { spec, ready, durable, sources: Vec::new() };
                 blob.add_sources(sources);
                 self.blobs.insert(id, blob);
             }
         }
         for object in self.objects.of(id) {
-            let count = self.blobs.get(&id).map_or(0, Blob::width);
-            self.input(Input::SetSources { object, count });
+            let (count, piece) = self.blobs.get(&id).map_or((0, 0), |blob| (blob.width(), blob.piece()));
+            self.input(Input::SetSources { object, count, piece });
             self.grow(object);
         }
         // An earlier daemon had it watched: its events may be waiting already.
@@ -179,6 +183,8 @@ impl Driver {
         {
             let ready = self.blobs.get(&id).map(|blob| blob.ready.clone()).unwrap_or_default();
             self.make_object(key, id, ready);
+            // That one may have said more than is on record now.
+            self.tell_anew(id);
         }
         Ok(())
     }
@@ -257,10 +263,9 @@ impl Driver {
             None => {
                 let ready = known.ready.clone();
                 let writer = self.ring.file(Arc::new(writer), true);
-                let filled = runs(known.spec.chunks.iter().filter(|chunk| ready.contains(chunk.index)));
                 fanotify.watch(blob, writer).map_err(|error| no_keeper(&error.to_string()))?;
                 self.make_object(FileKey::Fanotify(blob), blob, ready);
-                self.tell_filled(blob, &filled);
+                self.tell_all(blob);
                 Ok(false)
             }
         }
@@ -400,9 +405,7 @@ impl Driver {
         self.recordings.end(number);
         self.follow_recordings();
         for blob in exact {
-            let Some(known) = self.blobs.get(&blob) else { continue };
-            let filled = runs(known.spec.chunks.iter().filter(|chunk| known.ready.contains(chunk.index)));
-            self.tell_filled(blob, &filled);
+            self.tell_all(blob);
         }
     }
 

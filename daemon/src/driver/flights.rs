@@ -8,12 +8,13 @@ use std::time::Instant;
 use skimmer_engine::{Failure, FailureClass, FlightId, Input, MapError, ObjectId, WriteFailure, WriteId};
 use skimmer_fetcher::chunk::Verified;
 use skimmer_fetcher::source::Urgency;
+use skimmer_keeper::protocol::Fill;
 
-use super::objects::FileKey;
+use super::objects::{Blob, FileKey};
 use super::served::Stages;
 use super::{Driver, write_failure};
 use crate::arena::{Run, Slab};
-use crate::blob::{BlobChunk, BlobId};
+use crate::blob::{BlobChunk, BlobId, ReadyBits};
 use crate::fetch::{self, Fetched, Order};
 use crate::metrics::Stage;
 
@@ -304,18 +305,38 @@ impl Driver {
         }
         self.sink.ready(object.key.mode(), object.blob, &indexes);
         if let FileKey::Fanotify(blob) = object.key {
-            self.tell_filled(blob, &runs);
+            self.tell(blob, &runs, Fill::Written);
         }
     }
 
+    /// Chunks of the blob's file are on record.
+    pub(super) fn durable(&mut self, blob: BlobId, chunks: &[u32]) {
+        let Some(known) = self.blobs.get_mut(&blob) else { return };
+        // The file may be another one by now, of which less is written.
+        let chunks: ReadyBits = chunks.iter().copied().filter(|chunk| known.ready.contains(*chunk)).collect();
+        known.durable.union(&chunks);
+        let runs = runs(known.spec.chunks.iter().filter(|chunk| chunks.contains(chunk.index)));
+        self.tell(blob, &runs, Fill::Durable);
+    }
+
+    /// Tells the keeper all that is there of the blob's file.
+    pub(super) fn tell_all(&mut self, blob: BlobId) {
+        let Some(Blob { spec, ready, durable, .. }) = self.blobs.get(&blob) else { return };
+        let written = |chunk: &&BlobChunk| ready.contains(chunk.index) && !durable.contains(chunk.index);
+        let written = runs(spec.chunks.iter().filter(written));
+        let durable = runs(spec.chunks.iter().filter(|chunk| durable.contains(chunk.index)));
+        self.tell(blob, &written, Fill::Written);
+        self.tell(blob, &durable, Fill::Durable);
+    }
+
     /// Lets the keeper answer accesses to these bytes by itself; not while every one of them is to be recorded.
-    pub(super) fn tell_filled(&mut self, blob: BlobId, runs: &[Range<u64>]) {
-        if self.recordings.is_exact(blob) {
+    pub(super) fn tell(&mut self, blob: BlobId, runs: &[Range<u64>], fill: Fill) {
+        if self.recordings.is_exact(blob) && fill != Fill::Absent {
             return;
         }
         for run in runs {
             let Some(fanotify) = &mut self.fanotify else { return };
-            if let Err(error) = fanotify.filled(blob, run.start, run.end - run.start) {
+            if let Err(error) = fanotify.fill(blob, run, fill) {
                 return self.keeper_lost(&error);
             }
         }

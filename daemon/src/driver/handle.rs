@@ -29,6 +29,7 @@ pub(crate) enum Command {
     Prefetch { blob: BlobId, range: Range<u64>, background: bool, reply: Reply<()> },
     Offer { ahead: Ahead, until: u64, reply: Reply<()> },
     StopFill { blob: BlobId, reply: Reply<()> },
+    Durable { blob: BlobId, chunks: Vec<u32>, reply: Reply<()> },
     Lost { mode: Mode, blob: BlobId, kept: ReadyBits, reply: Reply<()> },
     Missing { blob: BlobId, ranges: Vec<Range<u64>>, reply: Reply<(u64, u64)> },
     Prove { blob: BlobId, range: Range<u64>, seen: oneshot::Sender<()>, reply: Reply<()> },
@@ -142,6 +143,11 @@ impl Handle {
     /// Bytes of the chunks in these device ranges, and of those the bytes that are not written yet.
     pub async fn missing(&self, blob: BlobId, ranges: Vec<Range<u64>>) -> Result<(u64, u64), DriverError> {
         self.ask(|reply| Command::Missing { blob, ranges, reply }).await
+    }
+
+    /// These chunks of the blob's file are on disk and on record: the keeper serves them whether a daemon lives or not.
+    pub async fn durable(&self, blob: BlobId, chunks: Vec<u32>) -> Result<(), DriverError> {
+        self.ask(|reply| Command::Durable { blob, chunks, reply }).await
     }
 
     /// Counts as missing what is written to the blob's file, except `kept`: the disk failed. Readers wait on.

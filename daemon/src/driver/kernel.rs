@@ -274,11 +274,11 @@ impl Driver {
 
     pub(super) fn make_object(&mut self, key: FileKey, blob: BlobId, ready: ReadyBits) -> Option<ObjectId> {
         let known = self.blobs.get(&blob)?;
-        let (spec, count) = (known.spec.clone(), known.width());
+        let (spec, count, piece) = (known.spec.clone(), known.width(), known.piece());
         let (chunks, set) = engine_view(&spec, &ready);
         let object = self.objects.insert(key, blob, spec, ready);
         self.input(Input::AddObject { object, chunks, ready: set });
-        self.input(Input::SetSources { object, count });
+        self.input(Input::SetSources { object, count, piece });
         if self.recordings.is_exact(blob) {
             self.input(Input::SetExact { object, exact: true });
         }

@@ -5,10 +5,11 @@
 //! missing again, and readers who wait for it go on waiting.
 
 use skimmer_engine::ReadError;
+use skimmer_keeper::protocol::Fill;
 
+use super::Driver;
 use super::kernel::{Read, Ticket};
 use super::objects::{FileKey, Object};
-use super::{Driver, flights::runs};
 use crate::blob::{BlobId, ReadyBits};
 use crate::frontend::Mode;
 
@@ -21,8 +22,9 @@ impl Driver {
             if key.mode() != mode {
                 continue;
             }
-            if let FileKey::Fanotify(_) = key {
-                self.unfill(blob, kept);
+            if let (FileKey::Fanotify(_), Some(known)) = (&key, self.blobs.get_mut(&blob)) {
+                (known.ready, known.durable) = (kept.clone(), kept.clone());
+                self.tell_anew(blob);
             }
             // The engine's objects only gain chunks. What it still has under way for this one is not trusted either:
             // a part of it may have been lost with the rest.
@@ -51,19 +53,12 @@ impl Driver {
         self.sink.renewed(mode, blob);
     }
 
-    /// Has the keeper ask for everything but what is kept.
-    fn unfill(&mut self, blob: BlobId, kept: &ReadyBits) {
-        let Some(known) = self.blobs.get_mut(&blob) else { return };
-        known.ready = kept.clone();
-        let (size, filled) = (
-            known.spec.device_bytes,
-            runs(known.spec.chunks.iter().filter(|chunk| kept.contains(chunk.index))),
-        );
-        if let Some(fanotify) = &mut self.fanotify
-            && let Err(error) = fanotify.absent(blob, 0, size)
-        {
-            return self.keeper_lost(&error);
+    /// Has the keeper ask for everything but what is there.
+    pub(super) fn tell_anew(&mut self, blob: BlobId) {
+        if let Some(size) = self.blobs.get(&blob).map(|known| known.spec.device_bytes) {
+            let whole = 0..size;
+            self.tell(blob, std::slice::from_ref(&whole), Fill::Absent);
+            self.tell_all(blob);
         }
-        self.tell_filled(blob, &filled);
     }
 }

@@ -14,8 +14,9 @@ use crate::frontend::fscache::CookieKey;
 /// A blob as the daemon made it known.
 pub(super) struct Blob {
     pub(super) spec: BlobSpec,
-    /// Chunks in the blob file (fanotify).
+    /// Chunks in the blob file (fanotify), and those of them that are on record.
     pub(super) ready: ReadyBits,
+    pub(super) durable: ReadyBits,
     pub(super) sources: Vec<Arc<dyn Source>>,
 }
 
@@ -26,15 +27,16 @@ impl Blob {
         BlobRef { digest, size: self.spec.stored_bytes }
     }
 
-    /// Takes up another image's view of the blob.
+    /// Takes up another image's view of the blob, of which `durable` is on record.
     pub(super) fn merge(
         &mut self,
         spec: &BlobSpec,
-        ready: &ReadyBits,
+        durable: &ReadyBits,
         sources: Vec<Arc<dyn Source>>,
     ) -> Result<(), SpecError> {
         self.spec = self.spec.merged(spec)?;
-        self.ready.union(ready);
+        self.ready.union(durable);
+        self.durable.union(durable);
         self.add_sources(sources);
         Ok(())
     }
@@ -42,6 +44,11 @@ impl Blob {
     /// How many hosts there are to turn to.
     pub(super) fn width(&self) -> u32 {
         self.sources.iter().fold(0, |sum, source| sum.saturating_add(source.width()))
+    }
+
+    /// Stored bytes that the first source moves at once, or 0.
+    pub(super) fn piece(&self) -> u64 {
+        self.sources.first().and_then(|source| source.piece(&self.reference())).unwrap_or(0)
     }
 
     /// The source for an attempt. The engine counts them from 1; each one goes to the next host, where a source with

@@ -1,11 +1,12 @@
 //! Pre-content events on sparse blob files, through the keeper, which is the only one that reads and answers them.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use skimmer_keeper::client::{Command, HeldFile, Keeper, KeeperError, Notice, Welcome};
-use skimmer_keeper::protocol::{Errno, EventId, FileId};
+use skimmer_keeper::protocol::{Errno, EventId, FileId, Fill};
 
 use crate::blob::BlobId;
 use crate::ring::{Ring, WriteFile};
@@ -155,15 +156,10 @@ impl Fanotify {
     }
 
     /// Tells the keeper what is filled, so that it answers such accesses itself.
-    pub(crate) fn filled(&mut self, blob: BlobId, offset: u64, count: u64) -> Result<(), KeeperError> {
+    pub(crate) fn fill(&mut self, blob: BlobId, range: &Range<u64>, fill: Fill) -> Result<(), KeeperError> {
         let Some(watched) = self.blobs.get(&blob) else { return Ok(()) };
-        self.keeper.send(Command::Present { file: watched.file, offset, count }).map(|_| ())
-    }
-
-    /// Has the keeper ask for these bytes again.
-    pub(crate) fn absent(&mut self, blob: BlobId, offset: u64, count: u64) -> Result<(), KeeperError> {
-        let Some(watched) = self.blobs.get(&blob) else { return Ok(()) };
-        self.keeper.send(Command::Absent { file: watched.file, offset, count }).map(|_| ())
+        let (offset, count) = (range.start, range.end.saturating_sub(range.start));
+        self.keeper.send(Command::Fill { file: watched.file, offset, count, fill }).map(|_| ())
     }
 
     /// Asks for the mark to be removed; [`Told::Unwatched`] answers. Nothing is asked for a blob that is not watched.

@@ -389,6 +389,12 @@ impl Mounts {
                 self.faults.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, message);
             }
             Notice::Fault(None, _) => {}
+            Notice::Durable(blob, chunks) => {
+                // A data path that has ended told the keeper all it will.
+                if let Err(error) = self.driver.durable(blob, chunks).await {
+                    tracing::debug!(%blob, "the keeper is not told what is durable: {error}");
+                }
+            }
             Notice::Lost(mode, blob, kept) => {
                 if let Err(error) = self.driver.lost(mode, blob, kept).await {
                     tracing::error!(%blob, "what its file lost is not missed: {error}");

@@ -89,16 +89,16 @@ impl<F> Tracked<F> {
         self.broken = None;
     }
 
-    /// Makes the pending chunks durable, then records them.
+    /// Makes the pending chunks durable, then records them. Returns which those are.
     ///
     /// # Errors
     /// The failure that broke this file's record, now or earlier.
-    pub fn commit<D: Disk<File = F>>(&mut self, disk: &mut D) -> Result<(), String> {
+    pub fn commit<D: Disk<File = F>>(&mut self, disk: &mut D) -> Result<Vec<u32>, String> {
         if let Some(broken) = &self.broken {
             return Err(broken.clone());
         }
         if self.pending.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         self.try_commit(disk).map_err(|error| {
             let what = format!("blob {}: chunks on disk cannot be recorded: {error}", self.blob);
@@ -108,7 +108,7 @@ impl<F> Tracked<F> {
         })
     }
 
-    fn try_commit<D: Disk<File = F>>(&mut self, disk: &mut D) -> io::Result<()> {
+    fn try_commit<D: Disk<File = F>>(&mut self, disk: &mut D) -> io::Result<Vec<u32>> {
         disk.sync(&self.data)?;
         let mut bits = self.recorded.clone();
         for chunk in &self.pending {
@@ -119,14 +119,15 @@ impl<F> Tracked<F> {
         }
         disk.sync(&self.map)?;
         self.recorded = bits;
-        self.pending.clear();
-        Ok(())
+        Ok(std::mem::take(&mut self.pending).into_iter().collect())
     }
 }
 
 /// What the journal tells the rest of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Notice {
+    /// These chunks of the blob file are durable and recorded.
+    Durable(BlobId, Vec<u32>),
     /// Every chunk of the file that images refer to is durable and recorded.
     Complete(Mode, BlobId),
     /// The disk failed: only these chunks of the file are on record, and others that were written may be lost.
@@ -323,7 +324,12 @@ impl Worker {
         let Some(file) = self.files.get_mut(&(mode, blob)) else { return true };
         let was_broken = file.broken.is_some();
         match file.commit(&mut self.disk) {
-            Ok(()) => true,
+            Ok(chunks) => {
+                if mode == Mode::Fanotify && !chunks.is_empty() {
+                    let _ = self.notices.send(Notice::Durable(blob, chunks));
+                }
+                true
+            }
             Err(what) => {
                 self.whole = false;
                 if !was_broken {

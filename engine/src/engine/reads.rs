@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::{Engine, Read, Timer};
+use crate::chunk::index;
 use crate::density;
 use crate::mutation::Mutation;
 use crate::object::top_up;
@@ -79,6 +80,13 @@ impl Engine {
                 let mut chunks = object.chunks_of(&ahead);
                 if chunks.end.checked_sub(1).is_some_and(|last| !object.mostly_within(last, &ahead)) {
                     chunks.end -= 1;
+                }
+                let within = object.within_pieces(&chunks);
+                if within != chunks
+                    && let Some(next) = object.chunks.get(index(within.end))
+                {
+                    object.windows.cut(ahead.end, next.start);
+                    chunks = within;
                 }
                 // Too little for a request of its own: it goes with the demand.
                 let small = missing > 0 && ahead.end.saturating_sub(bytes.end) < self.config.min_fetch;

@@ -412,7 +412,8 @@ impl World {
         }
         let count = u32::try_from(sources.len()).unwrap();
         self.sources.insert(object, sources);
-        if count > 1 { self.step(Input::SetSources { object, count }) } else { Ok(()) }
+        let piece = *self.rng.pick(&[0, 0, 4096, 100_000, 4 << 20]);
+        if count > 1 || piece > 0 { self.step(Input::SetSources { object, count, piece }) } else { Ok(()) }
     }
 
     fn source(&mut self) -> Source {
@@ -492,7 +493,7 @@ impl World {
                 let chunks = vec![Chunk { start: 0, ..chunk }, bad];
                 Input::AddObject { object: ObjectId(7777), chunks, ready: ReadySet::new(2) }
             }
-            7 => Input::SetSources { object: ObjectId(4242), count: 0 },
+            7 => Input::SetSources { object: ObjectId(4242), count: 0, piece: 0 },
             _ => Input::Tick,
         };
         self.step(input)

@@ -312,13 +312,17 @@ impl Auth {
 
     /// The body of a flight: asks, and stores the token.
     async fn obtain(&self, access: Access, issuer: Issuer, fresh: bool) -> Result<Token, SourceError> {
-        let found = self.0.credentials.find(&self.0.host, &self.0.repository, fresh).await;
-        let timeouts = self.0.clients.options().timeouts;
-        let limit = timeouts.connect + timeouts.first_byte + timeouts.idle;
-        let reply = tokio::time::timeout(limit, self.ask(&issuer, &found)).await.map_err(|_| {
-            let detail = format!("token endpoint {} gave no answer", http::host_of(&issuer.realm));
-            SourceError::new(ErrorClass::Transient, self.0.name.as_str(), detail)
-        })??;
+        let find = |fresh| self.0.credentials.find(&self.0.host, &self.0.repository, fresh);
+        let found = find(fresh).await;
+        let mut reply = self.ask(&issuer, &found).await;
+        if reply.as_ref().is_err_and(|error| error.class == ErrorClass::Denied) && !fresh {
+            // What a credential program said may be too old, and somebody may have another login by now.
+            let other = find(true).await;
+            if other.credential != found.credential {
+                reply = self.ask(&issuer, &other).await;
+            }
+        }
+        let reply = reply?;
         let text = reply.token.filter(|token| !token.is_empty()).or(reply.access_token).unwrap_or_default();
         let header = HeaderValue::try_from(format!("Bearer {text}")).ok().filter(|_| !text.is_empty());
         let mut header = header.ok_or_else(|| self.bad("the token endpoint's reply has no usable token"))?;
@@ -334,6 +338,15 @@ impl Auth {
     }
 
     async fn ask(&self, issuer: &Issuer, found: &Found) -> Result<Reply, SourceError> {
+        let timeouts = self.0.clients.options().timeouts;
+        let limit = timeouts.connect + timeouts.first_byte + timeouts.idle;
+        tokio::time::timeout(limit, self.request(issuer, found)).await.unwrap_or_else(|_| {
+            let detail = format!("token endpoint {} gave no answer", http::host_of(&issuer.realm));
+            Err(SourceError::new(ErrorClass::Transient, self.0.name.as_str(), detail))
+        })
+    }
+
+    async fn request(&self, issuer: &Issuer, found: &Found) -> Result<Reply, SourceError> {
         let mut url = issuer.realm.clone();
         let mut redirects = 0;
         loop {

@@ -11,6 +11,7 @@ use reqwest::{Method, StatusCode};
 
 use super::Registry;
 use super::auth::Access;
+use super::pieces::{self, Turn};
 use super::range::{Accepted, judge};
 use crate::http::{self, Use};
 use crate::source::{BlobRef, Body, ErrorClass, Source, SourceError, Urgency, check_range};
@@ -35,6 +36,7 @@ struct Progress {
     end: u64,
     reply: Option<Reply>,
     shorts: u32,
+    turn: Option<Turn>,
 }
 
 impl Registry {
@@ -129,6 +131,9 @@ impl Progress {
                     }
                     let length = u64::try_from(piece.len()).expect("usize fits in 64 bits");
                     self.at += length;
+                    if let Some(turn) = &mut self.turn {
+                        turn.reached(self.at);
+                    }
                     self.registry.inner.received.fetch_add(length, Ordering::Relaxed);
                     if !piece.is_empty() {
                         return Ok(Some(piece));
@@ -163,6 +168,10 @@ impl Source for Registry {
 
     async fn read(&self, blob: &BlobRef, range: Range<u64>, _: Urgency) -> Result<Body, SourceError> {
         check_range(&self.inner.name, blob, &range)?;
+        let turn = match &self.inner.pieces {
+            Some(pieces) => Some(pieces.turn(blob, &range).await),
+            None => None,
+        };
         let reply = self.request(blob, &range).await.map_err(|error| error.reading(blob, range.clone()))?;
         let progress = Progress {
             registry: self.clone(),
@@ -171,6 +180,7 @@ impl Source for Registry {
             end: range.end,
             reply: Some(reply),
             shorts: 0,
+            turn,
         };
         Ok(progress.body(range))
     }
@@ -178,6 +188,10 @@ impl Source for Registry {
     async fn read_whole(&self, blob: &BlobRef, range: Range<u64>) -> Result<Body, SourceError> {
         check_range(&self.inner.name, blob, &range)?;
         self.inner.spools.read(self, blob, range).await
+    }
+
+    fn piece(&self, blob: &BlobRef) -> Option<u64> {
+        self.inner.pieces.as_ref().map(|_| pieces::length(blob))
     }
 
     async fn has(&self, blob: &BlobRef) -> Result<bool, SourceError> {
@@ -217,6 +231,7 @@ impl Registry {
             end: blob.size,
             reply: Some(Reply { response, end: blob.size, whole: true }),
             shorts: 0,
+            turn: None,
         };
         Ok(progress.body(0..blob.size))
     }

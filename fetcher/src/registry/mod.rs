@@ -7,6 +7,7 @@ mod dragonfly;
 mod endpoint;
 mod hosts;
 mod manifest;
+mod pieces;
 mod range;
 mod redirect;
 mod repository;
@@ -24,6 +25,7 @@ use url::Url;
 
 use self::auth::{Access, Auth};
 use self::endpoint::Endpoint;
+use self::pieces::Pieces;
 use self::redirect::Targets;
 use self::spool::Spools;
 use crate::credentials::{Credentials, Secret};
@@ -100,6 +102,8 @@ struct Inner {
     health: Arc<Health>,
     /// Counts the bytes of blobs that came.
     received: Arc<AtomicU64>,
+    /// Of the node's Dragonfly daemon.
+    pieces: Option<Pieces>,
     auth: Auth,
     targets: Targets,
     upload_piece: u64,
@@ -203,6 +207,7 @@ impl Registry {
                 clients,
                 health,
                 received,
+                pieces: (role == Role::Peers).then(Pieces::default),
                 auth,
                 targets: Targets::default(),
                 upload_piece: options.upload_piece.max(1 << 20),

@@ -154,6 +154,10 @@ impl Source for Repository {
         self.hosts().blobs.width()
     }
 
+    fn piece(&self, blob: &BlobRef) -> Option<u64> {
+        self.hosts().blobs.piece(blob)
+    }
+
     async fn read(&self, blob: &BlobRef, range: Range<u64>, urgency: Urgency) -> Result<Body, SourceError> {
         self.hosts().blobs.read(blob, range, urgency).await
     }

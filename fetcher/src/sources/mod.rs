@@ -138,6 +138,10 @@ impl Source for Sources {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX).max(1)
     }
 
+    fn piece(&self, blob: &BlobRef) -> Option<u64> {
+        self.members.iter().find_map(|member| member.source.piece(blob))
+    }
+
     async fn read(&self, blob: &BlobRef, range: Range<u64>, urgency: Urgency) -> Result<Body, SourceError> {
         check_range(&self.name, blob, &range)?;
         Reading::open(self.clone(), *blob, range, urgency).await

@@ -1,6 +1,6 @@
 //! The files whose mark the keeper holds.
 
-use crate::protocol::{Errno, FileId, Label};
+use crate::protocol::{Errno, FileId, Fill, Label};
 use crate::server::ledger::{FILES_MAX, FileRecord, Ledger};
 use crate::server::log::log;
 use crate::server::present::Present;
@@ -242,14 +242,27 @@ impl Files {
         Ok(())
     }
 
-    /// These bytes of the file are filled.
-    pub(crate) fn filled(&mut self, file: FileId, offset: u64, count: u64, filled: bool) {
-        if let Some(watched) = self.by_id.get_mut(&file) {
-            let (first, words) = match filled {
-                true => watched.present.insert(offset, count),
-                false => watched.present.remove(offset, count),
-            };
-            self.ledger.set_map(watched.slot, first, words);
+    /// What the daemon says of these bytes. What is not durable is not written down: it ends with the daemon, who would
+    /// hear of a disk that fails, or with this process.
+    pub(crate) fn fill(&mut self, file: FileId, offset: u64, count: u64, fill: Fill) {
+        let Some(watched) = self.by_id.get_mut(&file) else { return };
+        let pages = match fill {
+            Fill::Absent => watched.present.remove(offset, count),
+            Fill::Written | Fill::Durable => watched.present.insert(offset, count),
+        };
+        if fill != Fill::Written {
+            self.ledger.set_map(watched.slot, &pages, fill == Fill::Durable);
+        }
+    }
+
+    /// The daemon is gone: only what is durable is still filled.
+    pub(crate) fn only_durable(&mut self) {
+        for watched in self.by_id.values_mut() {
+            let words = watched.present.words();
+            if let Err(errno) = self.ledger.map(watched.slot, words) {
+                log!("{}: what is filled is not known any more: {errno}", watched.label);
+                words.fill(0);
+            }
         }
     }
 

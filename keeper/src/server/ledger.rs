@@ -12,10 +12,12 @@
 //! are numbers of the table that the processes share.
 
 use super::log::{Limit, log};
+use super::present;
 use crate::protocol::{FileId, LABEL_MAX, Label};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::io::Errno as Sys;
 use std::cell::RefCell;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// Of this layout. A program that knows another one does not take over.
@@ -318,31 +320,46 @@ impl Ledger {
         })
     }
 
-    /// Words of a file's map, from the one of that number on.
-    pub(crate) fn set_map(&self, slot: usize, first: usize, words: &[u64]) {
+    /// Writes down that these pages of a file are filled, or not.
+    pub(crate) fn set_map(&self, slot: usize, pages: &Range<u64>, filled: bool) {
         let start = MAPS_AT + place(0, slot, 1) * MAP_STRIDE;
-        for (index, part) in words.chunks(MAP_WORDS).enumerate() {
-            let mut bytes = [0; MAP_WORDS * 8];
-            for (to, word) in bytes.chunks_exact_mut(8).zip(part) {
-                to.copy_from_slice(&word.to_ne_bytes());
+        let (mut word, end) = (pages.start / 64, pages.end.div_ceil(64).min(MAP_STRIDE / 8));
+        while word < end {
+            let count = usize::try_from(end - word).unwrap_or(MAP_WORDS).min(MAP_WORDS);
+            let (at, mut all) = (start + word * 8, [0; MAP_WORDS]);
+            // What cannot be read counts as not filled.
+            if let Err(errno) = self.read_words(at, &mut all[..count])
+                && self.failures.borrow_mut().pass()
+            {
+                log!("what is filled is not read: {errno}");
             }
-            self.write(
-                "what is filled",
-                place(start, first + index * MAP_WORDS, 8),
-                &bytes[..part.len() * 8],
-            );
+            let old: [u64; MAP_WORDS] = all;
+            present::set(&mut all[..count], word, pages, filled);
+            // Memory is taken only for what was ever filled.
+            if all != old {
+                let mut bytes = [0; MAP_WORDS * 8];
+                for (to, word) in bytes.chunks_exact_mut(8).zip(&all) {
+                    to.copy_from_slice(&word.to_ne_bytes());
+                }
+                self.write("what is filled", at, &bytes[..count * 8]);
+            }
+            word += u64::try_from(count).unwrap_or(u64::MAX);
         }
     }
 
-    pub(crate) fn map(&self, slot: usize, words: &mut [u64]) -> Result<(), Sys> {
-        let start = MAPS_AT + place(0, slot, 1) * MAP_STRIDE;
+    fn read_words(&self, at: u64, words: &mut [u64]) -> Result<(), Sys> {
         for (index, part) in words.chunks_mut(MAP_WORDS).enumerate() {
-            let bytes = self.read::<{ MAP_WORDS * 8 }>(place(start, index * MAP_WORDS, 8))?;
+            let bytes = self.read::<{ MAP_WORDS * 8 }>(place(at, index * MAP_WORDS, 8))?;
             for (word, bytes) in part.iter_mut().zip(bytes.chunks_exact(8)) {
                 *word = Reader(bytes).u64();
             }
         }
         Ok(())
+    }
+
+    /// A file's map.
+    pub(crate) fn map(&self, slot: usize, words: &mut [u64]) -> Result<(), Sys> {
+        self.read_words(MAPS_AT + place(0, slot, 1) * MAP_STRIDE, words)
     }
 }
 
@@ -404,11 +421,14 @@ mod tests {
             };
             ledger.set_file(slot, &file);
             assert_eq!(ledger.file(slot).unwrap(), Some(file));
-            let words: Vec<u64> = (1..=2000).collect();
-            ledger.set_map(slot, 3, &words);
             let mut found = vec![9; 2003];
+            ledger.set_map(slot, &(3 * 64 + 1..2002 * 64), true);
+            ledger.set_map(slot, &(64 * 64..64 * 64 + 63), false);
             ledger.map(slot, &mut found).unwrap();
-            assert_eq!((&found[..3], &found[3..]), (&[0, 0, 0][..], &words[..]));
+            let mut expected = vec![u64::MAX; 2003];
+            expected[..3].fill(0);
+            (expected[3], expected[64], expected[2002]) = (u64::MAX - 1, 1 << 63, 0);
+            assert_eq!(found, expected);
             ledger.clear_file(slot);
             assert_eq!(ledger.file(slot).unwrap(), None);
             ledger.map(slot, &mut found).unwrap();

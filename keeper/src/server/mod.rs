@@ -312,8 +312,7 @@ impl Server {
                 Ok(group) => self.files.unwatch(group, file, complete),
                 Err(_) => Err(Sys::NOENT.into()),
             },
-            Request::Present { file, offset, count } => return self.files.filled(file, offset, count, true),
-            Request::Absent { file, offset, count } => return self.files.filled(file, offset, count, false),
+            Request::Fill { file, offset, count, fill } => return self.files.fill(file, offset, count, fill),
             Request::OpenDevice => match self.open_device() {
                 Ok(()) => {
                     if let Some(peer) = &mut self.peer {

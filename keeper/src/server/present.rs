@@ -1,5 +1,7 @@
 //! Which pages of a watched file are filled: such accesses need no daemon.
 
+use std::ops::Range;
+
 /// The kernel asks for whole pages.
 const PAGE: u64 = 4096;
 /// Bytes of files that all maps together may stand for (16 MiB of bits). A file beyond it gets no map: its accesses all
@@ -38,38 +40,22 @@ impl Present {
     }
 
     /// The pages that lie fully in the range are filled; the file's last page counts when its last byte is. Returns
-    /// the words that this may have changed, and the number of the first.
-    pub(crate) fn insert(&mut self, offset: u64, count: u64) -> (usize, &[u64]) {
+    /// their numbers.
+    pub(crate) fn insert(&mut self, offset: u64, count: u64) -> Range<u64> {
         let end = offset.saturating_add(count).min(self.size);
         let last = if end == self.size { end.div_ceil(PAGE) } else { end / PAGE };
-        for page in offset.div_ceil(PAGE)..last {
-            let word = usize::try_from(page / 64).ok().and_then(|at| self.words.get_mut(at));
-            if let Some(word) = word {
-                *word |= 1 << (page % 64);
-            }
-        }
-        self.changed(offset.div_ceil(PAGE), last)
+        self.set(offset.div_ceil(PAGE)..last, true)
     }
 
-    /// The pages that the range touches are not filled. Returns what [`Present::insert`] does.
-    pub(crate) fn remove(&mut self, offset: u64, count: u64) -> (usize, &[u64]) {
+    /// The pages that the range touches are not filled. Returns their numbers.
+    pub(crate) fn remove(&mut self, offset: u64, count: u64) -> Range<u64> {
         let end = offset.saturating_add(count).min(self.size);
-        let (first, last) = (offset / PAGE, end.div_ceil(PAGE));
-        for page in first..last {
-            let word = usize::try_from(page / 64).ok().and_then(|at| self.words.get_mut(at));
-            if let Some(word) = word {
-                *word &= !(1 << (page % 64));
-            }
-        }
-        self.changed(first, last)
+        self.set(offset / PAGE..end.div_ceil(PAGE), false)
     }
 
-    /// The words of these pages, and the number of the first.
-    fn changed(&self, first: u64, last: u64) -> (usize, &[u64]) {
-        let length = self.words.len();
-        let at = usize::try_from(first / 64).unwrap_or(length).min(length);
-        let behind = usize::try_from(last.div_ceil(64)).unwrap_or(length).clamp(at, length);
-        (at, &self.words[at..behind])
+    fn set(&mut self, pages: Range<u64>, filled: bool) -> Range<u64> {
+        set(&mut self.words, 0, &pages, filled);
+        pages
     }
 
     /// Whether every page that the range touches is filled. A range that is empty or starts behind the end is not: it
@@ -81,6 +67,19 @@ impl Present {
                 let word = usize::try_from(page / 64).ok().and_then(|at| self.words.get(at));
                 word.is_some_and(|word| word & 1 << (page % 64) != 0)
             })
+    }
+}
+
+/// Sets or clears the bits of pages in some words of a map, the first of which is number `first`.
+pub(crate) fn set(words: &mut [u64], first: u64, pages: &Range<u64>, filled: bool) {
+    let behind = first.saturating_add(u64::try_from(words.len()).unwrap_or(u64::MAX));
+    for page in pages.start.max(first.saturating_mul(64))..pages.end.min(behind.saturating_mul(64)) {
+        if let Some(word) = usize::try_from(page / 64 - first).ok().and_then(|at| words.get_mut(at)) {
+            match filled {
+                true => *word |= 1 << (page % 64),
+                false => *word &= !(1 << (page % 64)),
+            }
+        }
     }
 }
 
@@ -126,8 +125,8 @@ mod tests {
             let mut filled = [false; 40];
             for (first, pages, fill) in fills {
                 let change = if fill { Present::insert } else { Present::remove };
-                let (word, words) = change(&mut present, first * PAGE, pages * PAGE);
-                prop_assert!(word + words.len() <= 1);
+                let changed = change(&mut present, first * PAGE, pages * PAGE);
+                prop_assert_eq!(changed.is_empty(), pages == 0 || first >= 40);
                 for page in first..(first + pages).min(40) {
                     filled[usize::try_from(page).unwrap()] = fill;
                 }

@@ -118,6 +118,7 @@ impl Server {
         } else {
             self.ledger.update(|header| (header.daemon, header.daemon_fd) = (NONE, NONE));
         }
+        self.files.only_durable();
         self.answer_drained();
     }
 

@@ -3,7 +3,7 @@
 use crate::support::{Bench, Client, KeeperProcess, byte_at, expected, fill, read};
 use rustix::process::Signal;
 use skimmer_keeper::client::{Command, Keeper, KeeperError, Notice};
-use skimmer_keeper::protocol::{Errno, EventId, FileId};
+use skimmer_keeper::protocol::{Errno, EventId, FileId, Fill};
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -24,6 +24,7 @@ type Scenario = fn(&Bench);
 pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_read_waits_for_its_bytes", a_read_waits_for_its_bytes),
     ("filled_ranges_need_no_daemon", filled_ranges_need_no_daemon),
+    ("what_is_not_durable_ends_with_the_daemon", what_is_not_durable_ends_with_the_daemon),
     ("denials_carry_their_error", denials_carry_their_error),
     ("a_dead_daemons_event_goes_to_the_next", a_dead_daemons_event_goes_to_the_next),
     ("a_second_daemon_is_refused", a_second_daemon_is_refused),
@@ -74,9 +75,9 @@ fn filled_ranges_need_no_daemon(bench: &Bench) {
     let (path, writer) = bench.sparse("blob", LEN);
     assert_eq!(client.watch(7, "", &writer), 0);
     fill(&writer, 0, LEN / 2);
-    client.present(7, 0, LEN / 2);
+    client.fill(7, 0, LEN / 2, Fill::Durable);
     // A name that is not watched is no harm.
-    client.present(8, 0, LEN);
+    client.fill(8, 0, LEN, Fill::Durable);
     let half = usize::try_from(LEN / 2).unwrap();
     // The event of a hole shows that the keeper has read what was sent before.
     let hole = read(&path, LEN / 2, 4096);
@@ -91,6 +92,37 @@ fn filled_ranges_need_no_daemon(bench: &Bench) {
     fill(&writer, offset, count);
     client.allow(again);
     assert_eq!(hole.join().unwrap().unwrap(), expected(LEN / 2, 4096));
+}
+
+/// The disk may fail under what was written, and a dead daemon does not hear of it.
+fn what_is_not_durable_ends_with_the_daemon(bench: &Bench) {
+    let _keeper = bench.start(&[]);
+    let (mut client, _) = bench.connect();
+    let (path, writer) = bench.sparse("blob", LEN);
+    assert_eq!(client.watch(7, "", &writer), 0);
+    fill(&writer, 0, LEN / 2);
+    client.fill(7, 0, LEN / 2, Fill::Written);
+    client.fill(7, 0, 8192, Fill::Durable);
+    client.fill(7, 4096, 4096, Fill::Written);
+    let half = usize::try_from(LEN / 2).unwrap();
+    assert_eq!(read(&path, 0, half).join().unwrap().unwrap(), expected(0, half));
+    // What is absent after all is asked for again.
+    client.fill(7, 16_384, 1, Fill::Absent);
+    let lost = read(&path, 16_384, 4096);
+    let (event, _, offset, _) = client.event();
+    assert_eq!(offset, 16_384);
+    client.allow(event);
+    assert_eq!(lost.join().unwrap().unwrap(), expected(16_384, 4096));
+    drop(client);
+    assert_eq!(read(&path, 0, 8192).join().unwrap().unwrap(), expected(0, 8192));
+    let waits = read(&path, 8192, 4096);
+    thread::sleep(Duration::from_millis(100));
+    assert!(!waits.is_finished());
+    let (mut client, _) = bench.connect();
+    let (event, _, offset, _) = client.event();
+    assert_eq!(offset, 8192);
+    client.allow(event);
+    assert_eq!(waits.join().unwrap().unwrap(), expected(8192, 4096));
 }
 
 fn denials_carry_their_error(bench: &Bench) {
@@ -356,7 +388,7 @@ fn goes_on(bench: &Bench, keeper: &mut KeeperProcess, end: impl FnOnce(&mut Keep
     let (_other, unneeded) = bench.sparse("other", LEN);
     assert_eq!(client.watch(9, "", &unneeded), 0);
     fill(&writer, 0, LEN / 2);
-    client.present(7, 0, LEN / 2);
+    client.fill(7, 0, LEN / 2, Fill::Durable);
     let hole = read(&path, LEN / 2, 4096);
     let (event, ..) = client.event();
     assert_eq!(client.unwatch(9, false), 0);

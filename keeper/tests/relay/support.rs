@@ -3,7 +3,7 @@
 use rustix::event::{PollFd, PollFlags};
 use skimmer_fanotify::Unsupported;
 use skimmer_keeper::client::{Command, Keeper, KeeperError, Notice, Welcome};
-use skimmer_keeper::protocol::{EventId, FileId};
+use skimmer_keeper::protocol::{EventId, FileId, Fill};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
@@ -267,9 +267,9 @@ impl Client {
         self.done(Command::Unwatch { file: FileId(file), complete })
     }
 
-    /// Says that a range is filled.
-    pub(crate) fn present(&mut self, file: u64, offset: u64, count: u64) {
-        self.0.send(Command::Present { file: FileId(file), offset, count }).unwrap();
+    /// Says what is in a range.
+    pub(crate) fn fill(&mut self, file: u64, offset: u64, count: u64, fill: Fill) {
+        self.0.send(Command::Fill { file: FileId(file), offset, count, fill }).unwrap();
     }
 
     pub(crate) fn allow(&mut self, event: EventId) {
