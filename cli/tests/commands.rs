@@ -276,3 +276,39 @@ fn an_image_is_optimized_by_what_recordings_say() {
             .contains("is no recording")
     );
 }
+
+#[test]
+fn doctor_names_what_is_amiss_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    // It takes connections and never answers, as a stopped dfdaemon does.
+    let hung = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", hung.local_addr().unwrap());
+    fs::write(dir.path().join("c.toml"), format!("[dragonfly]\nendpoint = '{endpoint}'\n")).unwrap();
+    let root = dir.path().to_string_lossy().into_owned();
+    let socket = dir.path().join("none.sock").to_string_lossy().into_owned();
+    let args = ["--json", "doctor", "--config", "c.toml", "--root", &root, "--socket", &socket];
+    let output = skimmer(dir.path(), &args);
+    assert_eq!(output.status.code(), Some(1));
+    let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let of = |subject: &str| {
+        let found = findings.as_array().unwrap().iter().find(|finding| finding["subject"] == subject);
+        found.unwrap_or_else(|| panic!("nothing of {subject}: {findings:#}")).clone()
+    };
+    assert_eq!(of("config")["state"], "ok");
+    if rustix::process::geteuid().is_root() {
+        let dragonfly = of("dragonfly");
+        assert_eq!(dragonfly["state"], "missing", "{dragonfly}");
+        assert!(dragonfly["found"].as_str().unwrap().contains(&endpoint), "{dragonfly}");
+        assert!(dragonfly["remedy"].as_str().unwrap().contains("dfdaemon"), "{dragonfly}");
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(stderr.contains("not all is well") || stderr.contains("neither attach mode"), "{stderr}");
+    // In words, each finding that is missing has its remedy below it.
+    let text = skimmer(dir.path(), &["doctor", "--config", "c.toml", "--root", &root, "--socket", &socket]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let missing = lines.iter().enumerate().filter(|(_, line)| line.starts_with("missing "));
+    for (at, line) in missing {
+        assert!(lines.get(at + 1).is_some_and(|next| next.contains("remedy: ")), "{line}");
+    }
+}

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use skimmer_client::AttachMode;
 use skimmer_fetcher::http::Version;
+use tracing_subscriber::EnvFilter;
 
 /// The file read when none is named and it exists.
 pub const DEFAULT_PATH: &str = "/etc/skimmer/config.toml";
@@ -433,6 +434,12 @@ impl Config {
         }
         if self.socket == self.keeper_socket {
             return fail("keeper_socket", "is the same as `socket`; they are two sockets");
+        }
+        if let Err(error) = EnvFilter::try_new(&self.log) {
+            return fail("log", &format!("is `{}`: {error}", self.log));
+        }
+        if self.containerd.enable && self.root.to_str().is_none_or(|root| root.contains([':', ',', '\\'])) {
+            return fail("root", "has a `:`, `,` or `\\`, which overlayfs cannot be given in a path");
         }
         let containerd = self.containerd_socket();
         if !containerd.is_absolute() || !self.containerd.address.is_absolute() {

@@ -31,6 +31,9 @@ use skimmer_config::Config;
 /// How long a keeper that was just started may take to answer.
 const KEEPER_START: Duration = Duration::from_secs(5);
 
+/// How long a service manager may take to start it anew.
+const KEEPER_RESTART: Duration = Duration::from_secs(10);
+
 /// How long the last traces may take to be sent.
 const FOLLOW_END: Duration = Duration::from_secs(3);
 
@@ -163,6 +166,10 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
     watched.abort();
     sweeping.abort();
     budget.abort();
+    // What the keeper is to serve without us.
+    for (blob, chunks) in journal.flush().await {
+        let _ = driver.durable(blob, chunks).await;
+    }
     // The data path first: what it still writes goes into the journal.
     let ended = driver.shutdown().await;
     let thread_result = watching.await?;
@@ -287,9 +294,17 @@ enum Reached {
 /// # Errors
 /// When one runs that cannot be used, or may run: going on without it would give up the mounts that it holds.
 fn reach_keeper(socket: &Path, log: &Path) -> Result<Reached, KeeperError> {
-    match Keeper::connect(socket) {
-        Err(KeeperError::NotRunning { .. }) => {}
-        other => return other.map(|(keeper, welcome)| Reached::Keeper(keeper, welcome)),
+    // A service manager starts it, and has what the last one held: another one would be in its way.
+    let patience = std::env::var_os("NOTIFY_SOCKET").map_or(Duration::ZERO, |_| KEEPER_RESTART);
+    let deadline = Instant::now() + patience;
+    loop {
+        match Keeper::connect(socket) {
+            Err(KeeperError::NotRunning { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(KeeperError::NotRunning { .. }) => break,
+            other => return other.map(|(keeper, welcome)| Reached::Keeper(keeper, welcome)),
+        }
     }
     let mut child = match start_keeper(socket, log) {
         Ok(child) => child,

@@ -67,6 +67,11 @@ impl Images for Lazily {
         request.traceparent = pull.traceparent;
         request.credentials = pull.login.as_ref().map(credentials);
         let mount = self.0.mount(request).await.map_err(refused)?;
+        // A pull that succeeds means that the image is there; its data is first asked for when containers run.
+        if let Err(failure) = self.0.find_blobs(&mount.target).await {
+            self.umount(mount.target).await?;
+            return Err(refused(failure));
+        }
         tracing::info!(image = %mount.image, target = %mount.target.display(), mode = %mount.mode, "mounted");
         Ok(())
     }

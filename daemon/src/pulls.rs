@@ -113,9 +113,9 @@ impl Logins for Pulls {
     fn login(&self, host: &str, repository: &str, refused: bool) -> Option<Credential> {
         let all = self.all();
         let Pulled { proved, offered, .. } = all.get(&key(host, repository))?;
-        // What running containers read with must not depend on what somebody else is trying.
-        let best = proved.as_ref().filter(|_| !refused || offered.is_empty());
-        best.or(offered.last()).map(credential)
+        // What running containers read with must not depend on what somebody else is trying. Behind both there are the
+        // node's own credentials.
+        proved.as_ref().filter(|_| !refused).or(offered.last()).map(credential)
     }
 }
 
@@ -170,7 +170,7 @@ mod tests {
         pulls.settle(&app, login("new"), false).unwrap();
         assert_eq!(known(&pulls, "team/app", true).as_deref(), Some("new"), "of the other pull");
         pulls.settle(&app, login("new"), false).unwrap();
-        assert_eq!(known(&pulls, "team/app", true).as_deref(), Some("old"));
+        assert_eq!(known(&pulls, "team/app", true), None);
         // A good login stays, whatever a pull with it fails for.
         pulls.offer(&app, login("old"));
         pulls.settle(&app, login("old"), false).unwrap();

@@ -2,10 +2,10 @@
 
 use crate::event::{self, AccessRange, EventError, FAN_PRE_ACCESS, FAN_Q_OVERFLOW};
 use crate::sys;
-use crate::token::{PreAccess, deny_unreadable};
+use crate::token::{DenyErrno, PreAccess, deny_number, deny_unreadable};
 use rustix::io::Errno;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 const FAN_CLOEXEC: u32 = 0x1;
@@ -152,6 +152,12 @@ impl Group {
     /// number that it came with: the kernel finds the access by it.
     pub fn left(&self, fd: OwnedFd, range: Option<AccessRange>) -> PreAccess {
         PreAccess::new(Arc::clone(&self.fd), fd, range, 0)
+    }
+
+    /// Denies an access that a process which is gone had read from this group, and whose descriptor had that number there;
+    /// whether there was one. Not for a number that an access has in this process.
+    pub fn deny_left(&self, number: RawFd, errno: DenyErrno) -> bool {
+        deny_number(self.fd.as_fd(), number, errno)
     }
 
     /// Marks the file behind `file`. Only descriptors that are opened *after* this raise events.

@@ -174,6 +174,11 @@ pub(crate) fn deny_unreadable(group: BorrowedFd<'_>, fd: OwnedFd) {
     let _ = respond(group, fd.as_raw_fd(), denial(DenyErrno::Io));
 }
 
+/// Denies the access that the kernel knows by this number; whether there was one.
+pub(crate) fn deny_number(group: BorrowedFd<'_>, number: RawFd, errno: DenyErrno) -> bool {
+    respond(group, number, denial(errno)).is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,11 +4,12 @@
 
 mod common;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{ALL_CODECS, Sample, options, registry, sample};
 use skimmer_fetcher::chunk::{ChunkError, ChunkSpec, Codec, FetchError, fetch};
-use skimmer_fetcher::credentials::{Credentials, Secret};
+use skimmer_fetcher::credentials::{Credential, Credentials, Logins, Secret};
 use skimmer_fetcher::digest::Digest;
 use skimmer_fetcher::registry::{Registry, RegistryOptions};
 use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, SourceError, Urgency};
@@ -456,6 +457,40 @@ async fn who_may_not_read_is_told_so() {
         let nobody = registry(&world.server.host(), &options());
         let error = nobody.read(&world.sample.blob, 0..1, Urgency::Demand).await.unwrap_err();
         assert_eq!(error.class, ErrorClass::Denied, "{error}");
+    }
+}
+
+/// A good login, and one that somebody is trying.
+struct Known {
+    good: &'static str,
+    tried: &'static str,
+}
+
+impl Logins for Known {
+    fn login(&self, _: &str, _: &str, refused: bool) -> Option<Credential> {
+        let password = Secret::new(if refused { self.tried } else { self.good });
+        Some(Credential::Password { user: "u".into(), password })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_login_is_shown_only_after_a_refusal() {
+    let user = Login::Basic { user: "u".into(), password: "p".into() };
+    for login in [user, bearer(Bearer { password: Some(("u".into(), "p".into())), ..Bearer::default() })] {
+        for (good, tried) in [("p", "wrong"), ("old", "p")] {
+            let world = world(|server, options| {
+                server.login(login.clone());
+                options.credentials = Credentials::anonymous().with_logins(Arc::new(Known { good, tried }));
+            });
+            let source: &dyn Source = &world.registry;
+            assert!(source.read(&world.sample.blob, 0..1, Urgency::Demand).await.is_ok(), "{good} {tried}");
+        }
+        let world = world(|server, options| {
+            server.login(login.clone());
+            options.credentials =
+                Credentials::anonymous().with_logins(Arc::new(Known { good: "old", tried: "wrong" }));
+        });
+        assert_eq!(world.source_error(0).await.class, ErrorClass::Denied);
     }
 }
 

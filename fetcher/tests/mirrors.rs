@@ -15,7 +15,7 @@ use skimmer_fetcher::http::Version;
 use skimmer_fetcher::image::{self, OpenOptions};
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::reference::Reference;
-use skimmer_fetcher::registry::{RegistryOptions, Repository};
+use skimmer_fetcher::registry::{Dragonfly, RegistryOptions, Repository};
 use skimmer_fetcher::source::{ErrorClass, Source, Urgency};
 use skimmer_fetcher::testing::{Bearer, Fault, FaultServer, Login};
 
@@ -207,6 +207,34 @@ async fn the_registrys_password_is_not_for_mirrors() {
     assert_eq!(world.fetch_all(&source).await.unwrap(), 22);
     assert!(world.mirrors.iter().all(|mirror| mirror.take_log().iter().all(|request| !request.authorized)));
     assert!(world.upstream.take_log().iter().any(|request| request.authorized));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dragonfly_is_asked_for_a_piece_once_until_it_has_it() {
+    let mut world = world();
+    let [dragonfly, other] = &world.mirrors;
+    world.write("");
+    world.options.dragonfly = Some(Dragonfly::new(&format!("http://{}", dragonfly.host()), false).unwrap());
+    let source = world.repository();
+    assert_eq!(source.piece(&world.sample.blob), Some(4 << 20));
+    // It takes less than the registry is given before it is asked, too.
+    dragonfly.fault_times(Fault::SlowFirstByte(Duration::from_millis(100)), 1);
+    let read = |at: u64| {
+        let (source, blob) = (source.clone(), world.sample.blob);
+        tokio::spawn(async move {
+            source.read(&blob, at..at + 100, Urgency::Demand).await.unwrap().collect().await
+        })
+    };
+    let readers: Vec<_> = (0..8).map(|reader| read(reader * 1000)).collect();
+    let mut came = Vec::new();
+    for reader in readers {
+        came.push(reader.await.unwrap().unwrap());
+    }
+    assert_eq!(dragonfly.counts().blob_requests, 8);
+    assert!(dragonfly.counts().most_at_once < 8, "they did not wait for each other");
+    assert_eq!(other.counts().requests, 0);
+    let stored = std::fs::read(world.sample.layout.blob_path(&world.sample.blob.digest)).unwrap();
+    assert!((0..).step_by(1000).zip(&came).all(|(at, bytes)| stored[at..at + 100] == bytes[..]));
 }
 
 #[tokio::test(flavor = "multi_thread")]

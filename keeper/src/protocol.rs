@@ -17,8 +17,8 @@ use std::fmt;
 
 /// Length of every packet.
 pub const MESSAGE_LEN: usize = 144;
-/// The one version of this protocol so far.
-pub const VERSION: u16 = 1;
+/// Of this protocol. 1 knew only that ranges are filled, and of them nothing more.
+pub const VERSION: u16 = 2;
 /// Longest label in bytes.
 pub const LABEL_MAX: usize = 96;
 const MAGIC: u32 = u32::from_le_bytes(*b"SkmK");
@@ -623,7 +623,7 @@ mod tests {
         };
         assert_eq!(Request::decode(&good[1..]), Err(ProtocolError::Length(143)));
         assert_eq!(with(0, &[0; 4]), ProtocolError::Magic(0));
-        assert_eq!(with(4, &2u16.to_ne_bytes()), ProtocolError::Version(2));
+        assert_eq!(with(4, &1u16.to_ne_bytes()), ProtocolError::Version(1));
         assert_eq!(with(6, &101u16.to_ne_bytes()), ProtocolError::Kind(101));
         assert_eq!(Reply::decode(&good), Err(ProtocolError::Kind(6)));
         let field = |kind, field, offset| ProtocolError::Field { kind, field, offset };

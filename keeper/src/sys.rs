@@ -111,6 +111,12 @@ pub(crate) fn inherited(number: RawFd) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Opens what `fd` is under a number that is free, too, for [`inherited`].
+pub(crate) fn duplicate_at(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
+    // SAFETY: both are numbers; the caller has seen that nothing is open under the second.
+    check(unsafe { libc::dup3(fd.as_raw_fd(), number, libc::O_CLOEXEC) }).map(drop)
+}
+
 /// Looks at the descriptor of that number; `None` when none is open or `look` finds nothing.
 pub(crate) fn borrowed<T>(number: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> Option<T>) -> Option<T> {
     if !is_open(number) {

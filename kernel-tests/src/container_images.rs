@@ -33,6 +33,8 @@ pub struct ContainerImages {
     samples: Vec<(String, String)>,
     /// Bytes of the converted image.
     pub stored: u64,
+    /// Its largest blob.
+    pub data: String,
 }
 
 impl ContainerImages {
@@ -48,15 +50,20 @@ impl ContainerImages {
         push(&source, &plain)?;
         let converted = scratch.join("converted");
         publish(&source, &lazy, &converted)?;
-        let stored = fs::read_dir(converted.join("blobs/sha256"))?
-            .map(|entry| Ok(entry?.metadata()?.len()))
-            .sum::<Result<u64>>()?;
+        let blobs: Vec<(u64, String)> = fs::read_dir(converted.join("blobs/sha256"))?
+            .map(|entry| {
+                let entry = entry?;
+                Ok((entry.metadata()?.len(), entry.file_name().to_string_lossy().into_owned()))
+            })
+            .collect::<Result<_>>()?;
+        let stored = blobs.iter().map(|(length, _)| length).sum();
+        let data = blobs.into_iter().max().map(|(_, name)| name).unwrap_or_default();
         let pause = registry.reference("pause:1");
         push(&format!("oci:{}:1", pause_image(scratch)?.display()), &pause)?;
         let rootfs = unpack(&layout, TAG, &scratch.join("bundle"))?;
         let samples = samples(&rootfs)?;
         fs::remove_dir_all(scratch.join("bundle"))?;
-        Ok(Self { registry, plain, lazy, pause, samples, stored })
+        Ok(Self { registry, plain, lazy, pause, samples, stored, data })
     }
 
     /// Whether a container sees the right bytes in every `step`th sample.

@@ -52,6 +52,16 @@ impl Registry {
         Self::start_with(program, &content.join("private"), content, address, &auth)
     }
 
+    /// Where it keeps the bytes of the blob with that digest, 64 hexadecimal digits.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn blob(&self, hex: &str) -> Result<PathBuf> {
+        let content = self.log.parent().context("a log lies in a directory")?;
+        let blobs = content.join("storage/docker/registry/v2/blobs/sha256");
+        Ok(blobs.join(hex.get(..2).context("no digest")?).join(hex).join("data"))
+    }
+
     /// Starts one by `program` (docker-registry, perhaps elsewhere), to listen at `address`: its content is in
     /// `content`, its configuration and log in `directory`.
     ///

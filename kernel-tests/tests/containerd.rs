@@ -70,6 +70,12 @@ fn the_login_of_a_pod_s_pull_outlives_it() {
             let refused = format!("{:#}", cri.pull(&image, login).err().context("it was let in")?);
             ensure!(refused.contains("401 Unauthorized"), "in other words than containerd's: {refused}");
         }
+        let (data, hidden) = (stage.registry.blob(&stage.data)?, daemon.root.join("hidden"));
+        fs::rename(&data, &hidden)?;
+        let error = cri.pull(&image, Some(("skim", "first"))).err().context("an image without its data")?;
+        ensure!(format!("{error:#}").contains(&format!("blob sha256:{} of the image is not at", stage.data)));
+        ensure!(daemon.status()?["mounts"] == serde_json::json!([]), "it is still mounted");
+        fs::rename(&hidden, &data)?;
         cri.pull(&image, Some(("skim", "first")))?;
         let pod = cri.pod("one")?;
         let container = cri.container(&pod, "lazy", &image, &["sleep", "1000000"])?;

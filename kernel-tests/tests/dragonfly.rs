@@ -70,6 +70,9 @@ fn play(scratch: &Path) -> Result<()> {
             node.traffic("BACK_TO_SOURCE")?
         );
     }
+    for node in &nodes[1..] {
+        ensure!(node.traffic("REMOTE_PEER")? > 0, "no peer sent anything\n{}", logs(&nodes));
+    }
     println!("one node's start took {one} bytes from the registry, three took {all}");
     ensure!(all * 10 <= one * 12, "three nodes took {all} bytes, one {one}\n{}", logs(&nodes));
 

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use erofs_format::Image;
+use futures_util::{StreamExt as _, stream};
 use skimmer_client::{Credentials, MountRequest, Record};
+use skimmer_fetcher::Digest;
 use skimmer_fetcher::archive::Archive;
 use skimmer_fetcher::credentials::Secret;
 use skimmer_fetcher::http::{HttpOptions, Timeouts};
@@ -14,7 +16,7 @@ use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::origin::Origin;
 use skimmer_fetcher::reference::Reference;
 use skimmer_fetcher::registry::{RegistryOptions, Repository};
-use skimmer_fetcher::source::{Source, Urgency};
+use skimmer_fetcher::source::{BlobRef, Source, Urgency};
 use tokio::sync::oneshot;
 
 use super::early::Early;
@@ -24,6 +26,9 @@ use crate::pulls::credential;
 use crate::requests::Ahead;
 use crate::store::bootstraps;
 use crate::store::records::{BlobRecord, ImageRecord, SourceRecord};
+
+/// Blobs that are asked for at once.
+const BLOBS_AT_ONCE: usize = 8;
 
 /// Bytes of start blobs that may be in memory before their bootstraps are there, for all mounts together.
 pub(super) const AHEAD: u32 = 8 << 20;
@@ -169,6 +174,46 @@ impl Mounts {
             }
         });
         Some(Ahead { blob: blob.digest, source: name, body })
+    }
+
+    /// Makes sure that a source has each blob of the image that is mounted there. One that cannot be asked may have it.
+    ///
+    /// # Errors
+    /// None has one of them.
+    pub async fn find_blobs(&self, target: &Path) -> Result<(), Failure> {
+        let (image, specs) = {
+            let state = self.state.lock().await;
+            let mounted =
+                state.attachments.iter().find(|a| a.record.mounts.iter().any(|m| m.target == target));
+            let Some(mounted) = mounted else { return Ok(()) };
+            (mounted.image.clone(), mounted.specs.clone())
+        };
+        let sources = self.sources(&image);
+        let mut missing = stream::iter(specs)
+            .map(|spec| {
+                let sources = sources.clone();
+                let blob = BlobRef { digest: Digest::from_bytes(*spec.id.bytes()), size: spec.stored_bytes };
+                async move {
+                    for source in &sources {
+                        match source.has(&blob).await {
+                            Ok(false) => {}
+                            Ok(true) => return None,
+                            Err(error) => {
+                                tracing::warn!(%blob, "whether it is there is not known: {error}");
+                                return None;
+                            }
+                        }
+                    }
+                    Some(blob.digest)
+                }
+            })
+            .buffer_unordered(BLOBS_AT_ONCE)
+            .filter_map(std::future::ready);
+        let missing = tokio::time::timeout(self.config.mount.open_timeout(), missing.next()).await;
+        let Some(digest) = missing.ok().flatten() else { return Ok(()) };
+        let names: Vec<&str> = sources.iter().map(|source| source.name()).collect();
+        let message = format!("blob {digest} of the image is not at {}", names.join(" or "));
+        Err(Failure::new(Kind::Source, message).remedy("push the image again"))
     }
 
     /// The source of an image that is mounted already, without asking it anything: it may be down just now.

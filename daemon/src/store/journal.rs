@@ -143,7 +143,7 @@ enum Message {
     Complete(Mode, BlobId),
     Renewed(Mode, BlobId),
     Recorded(Mode, BlobId, oneshot::Sender<Option<ReadyBits>>),
-    Flush(oneshot::Sender<()>),
+    Flush(oneshot::Sender<Vec<(BlobId, Vec<u32>)>>),
     Stop,
 }
 
@@ -199,9 +199,9 @@ impl Journal {
         self.ask(|reply| Message::Recorded(mode, blob, reply)).await.flatten()
     }
 
-    /// Records everything that is pending.
-    pub async fn flush(&self) {
-        self.ask(Message::Flush).await;
+    /// Records everything that is pending. Gives what that is of blob files, which [`Notice::Durable`] tells too.
+    pub async fn flush(&self) -> Vec<(BlobId, Vec<u32>)> {
+        self.ask(Message::Flush).await.unwrap_or_default()
     }
 
     /// Records everything that is pending and ends the thread. Later calls do nothing.
@@ -276,7 +276,7 @@ impl Worker {
                 }
                 Ok(Message::Complete(mode, blob)) => {
                     // A file without a record is never complete: its watch must stay.
-                    if self.files.contains_key(&(mode, blob)) && self.commit(mode, blob) {
+                    if self.files.contains_key(&(mode, blob)) && self.commit(mode, blob).is_ok() {
                         let _ = self.notices.send(Notice::Complete(mode, blob));
                     }
                 }
@@ -290,7 +290,7 @@ impl Worker {
                     let _ = reply.send(());
                 }
                 Ok(Message::Untrack(mode, blob, reply)) => {
-                    self.commit(mode, blob);
+                    let _ = self.commit(mode, blob);
                     self.files.remove(&(mode, blob));
                     let _ = reply.send(());
                 }
@@ -298,9 +298,9 @@ impl Worker {
                     let _ = reply.send(self.files.get(&(mode, blob)).map(|file| file.recorded.clone()));
                 }
                 Ok(Message::Flush(reply)) => {
-                    self.commit_all();
+                    let recorded = self.commit_all();
                     commit_at = None;
-                    let _ = reply.send(());
+                    let _ = reply.send(recorded);
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     self.commit_all();
@@ -314,31 +314,38 @@ impl Worker {
         }
     }
 
-    fn commit_all(&mut self) {
-        for (mode, blob) in self.files.keys().copied().collect::<Vec<_>>() {
-            self.commit(mode, blob);
-        }
+    /// Commits every file; what of blob files that put on record.
+    fn commit_all(&mut self) -> Vec<(BlobId, Vec<u32>)> {
+        let files: Vec<_> = self.files.keys().copied().collect();
+        let recorded = files.into_iter().filter_map(|(mode, blob)| {
+            let chunks = self.commit(mode, blob).ok()?;
+            (mode == Mode::Fanotify && !chunks.is_empty()).then_some((blob, chunks))
+        });
+        recorded.collect()
     }
 
-    fn commit(&mut self, mode: Mode, blob: BlobId) -> bool {
-        let Some(file) = self.files.get_mut(&(mode, blob)) else { return true };
+    /// Puts on record what is pending of a file; gives what that is.
+    ///
+    /// # Errors
+    /// The disk failed, now or earlier.
+    fn commit(&mut self, mode: Mode, blob: BlobId) -> Result<Vec<u32>, String> {
+        let Some(file) = self.files.get_mut(&(mode, blob)) else { return Ok(Vec::new()) };
         let was_broken = file.broken.is_some();
-        match file.commit(&mut self.disk) {
-            Ok(chunks) => {
-                if mode == Mode::Fanotify && !chunks.is_empty() {
-                    let _ = self.notices.send(Notice::Durable(blob, chunks));
-                }
-                true
+        let done = file.commit(&mut self.disk);
+        match &done {
+            Ok(chunks) if mode == Mode::Fanotify && !chunks.is_empty() => {
+                let _ = self.notices.send(Notice::Durable(blob, chunks.clone()));
             }
+            Ok(_) => {}
             Err(what) => {
                 self.whole = false;
                 if !was_broken {
                     tracing::error!("{what}");
                     let _ = self.notices.send(Notice::Lost(mode, blob, file.recorded.clone()));
-                    let _ = self.notices.send(Notice::Fault(Some(blob), what));
+                    let _ = self.notices.send(Notice::Fault(Some(blob), what.clone()));
                 }
-                false
             }
         }
+        done
     }
 }

@@ -225,16 +225,23 @@ impl Auth {
         if !self.0.passwords {
             return Err(self.denied("the registry wants a password, which peers are not shown", None));
         }
-        let found = self.0.credentials.find(&self.0.host, &self.0.repository, round > 0).await;
-        let header = match &found.credential {
+        let find = |fresh| self.0.credentials.find(&self.0.host, &self.0.repository, fresh);
+        let header_of = |found: &Found| match &found.credential {
             Credential::Password { user, password } => basic(user, password),
-            Credential::Anonymous => None,
-            Credential::IdentityToken(_) => {
-                return Err(
-                    self.denied("the registry wants a user and password, we have an identity token", None)
-                );
-            }
+            Credential::Anonymous | Credential::IdentityToken(_) => None,
         };
+        let mut found = find(round > 0).await;
+        let mut header = header_of(&found);
+        if round == 0 && shown.kind == Kind::Basic && header == shown.header {
+            // It was good once: there may be another one by now.
+            found = find(true).await;
+            header = header_of(&found);
+        }
+        if let Credential::IdentityToken(_) = found.credential {
+            return Err(
+                self.denied("the registry wants a user and password, we have an identity token", None)
+            );
+        }
         let Some(header) = header else {
             let detail = "the registry wants a user and password, and there is none for it";
             return Err(self.denied(detail, Some(&found)));

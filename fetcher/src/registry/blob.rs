@@ -132,7 +132,7 @@ impl Progress {
                     let length = u64::try_from(piece.len()).expect("usize fits in 64 bits");
                     self.at += length;
                     if let Some(turn) = &mut self.turn {
-                        turn.reached(self.at);
+                        turn.begun();
                     }
                     self.registry.inner.received.fetch_add(length, Ordering::Relaxed);
                     if !piece.is_empty() {

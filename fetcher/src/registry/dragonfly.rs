@@ -3,11 +3,16 @@
 //! It takes requests for blobs at its registry mirror and gets them from peers, or from the registry itself. Headers and
 //! their meaning: dragonfly-client 1.5, `dragonfly-client/src/proxy/header.rs`.
 
+use std::time::Duration;
+
+use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use url::Url;
 
 use super::endpoint::Endpoint;
-use crate::http::{self, HttpOptions};
+use crate::digest::Digest;
+use crate::http::{self, HttpOptions, Pool, Use};
+use crate::source::SourceError;
 use crate::traffic::Role;
 
 /// The registry that it is to ask, `scheme://host[:port]`, joined with the path as text.
@@ -42,6 +47,21 @@ impl Dragonfly {
         Ok(Self { endpoint: url, prefetch })
     }
 
+    /// Whether it answers requests: one that hangs takes connections all the same. It is sent to a registry that is not
+    /// there, which any reply may say.
+    ///
+    /// # Errors
+    /// It does not.
+    pub async fn answers(&self) -> Result<(), SourceError> {
+        const NOBODY: HeaderValue = HeaderValue::from_static("http://127.0.0.1:1");
+        let mut url = self.endpoint.clone();
+        url.set_path(&format!("/v2/skimmer/blobs/{}", Digest::of(b"")));
+        let http = HttpOptions { insecure: vec![http::host_of(&url)], ..HttpOptions::default() };
+        let client = Pool::default().clients(&http).get(&url, Use::Documents, "Dragonfly")?;
+        let reply = client.get(url.clone()).header(UPSTREAM, NOBODY).send().await;
+        reply.map(drop).map_err(|error| http::transport_error("Dragonfly", &url, &error))
+    }
+
     /// The host in front of another one.
     ///
     /// # Errors
@@ -73,9 +93,37 @@ impl Dragonfly {
     }
 }
 
+/// Who failed, when a request does.
+const WHO: HeaderName = HeaderName::from_static("x-dragonfly-error-type");
+/// How long a daemon is left alone that will not serve us now: for want of space, or by its own rules.
+const PAUSE: Duration = Duration::from_secs(30);
+
+/// How long to leave the daemon alone after a reply that says what it has against the request, and not what the registry
+/// has; `None` for other replies.
+pub(super) fn own_refusal(status: StatusCode, headers: &HeaderMap) -> Option<Duration> {
+    match (headers.get(WHO)?.as_bytes(), status.as_u16()) {
+        (b"proxy", _) | (b"dfdaemon", 507) => Some(PAUSE),
+        (b"dfdaemon", _) => Some(Duration::ZERO),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn its_own_refusals_are_told_from_the_registry_s() {
+        let refusal = |who: Option<&'static str>, code| {
+            let headers = who.map(|who| (WHO, HeaderValue::from_static(who)));
+            own_refusal(StatusCode::from_u16(code).unwrap(), &headers.into_iter().collect())
+        };
+        assert_eq!(refusal(Some("proxy"), 403), Some(PAUSE));
+        assert_eq!(refusal(Some("dfdaemon"), 507), Some(PAUSE));
+        assert_eq!(refusal(Some("dfdaemon"), 422), Some(Duration::ZERO));
+        assert_eq!(refusal(Some("backend"), 403), None);
+        assert_eq!(refusal(None, 403), None);
+    }
 
     #[test]
     fn it_stands_before_the_registry() {

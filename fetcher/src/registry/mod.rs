@@ -272,7 +272,10 @@ impl Registry {
     /// Turns a reply that is not the wanted one into an error.
     async fn unexpected(&self, what: &str, response: reqwest::Response) -> SourceError {
         let (status, after) = (response.status(), http::retry_after(response.headers(), SystemTime::now()));
-        let class = range::status_class(status);
+        let (class, after) = match dragonfly::own_refusal(status, response.headers()) {
+            Some(pause) => (ErrorClass::Transient, Some(pause)),
+            None => (range::status_class(status), after),
+        };
         let detail = format!("{what}: {}", http::describe(response).await);
         let after = after.filter(|_| class == ErrorClass::Transient);
         self.error(class, detail).retry_after(after)

@@ -5,8 +5,9 @@
 //! first one's first byte of it, which comes when the daemon has the whole piece.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -45,87 +46,64 @@ pub(super) struct Pieces {
     all: Arc<Mutex<HashMap<Key, Piece>>>,
 }
 
-/// The right to ask for a range: of its pieces that nobody had, others wait for this one to have them.
+/// The right to ask for a range: of its first piece, if nobody had that, others wait for this one to have it. Later ones
+/// are not claimed: a long request may be read slowly, and what its reader overtakes itself for must not wait.
 #[derive(Debug)]
 pub(super) struct Turn {
     pieces: Pieces,
-    blob: Digest,
-    length: u64,
-    /// Those not begun yet.
-    first: Range<u64>,
+    key: Key,
     /// Dropped with the turn, or before, which wakes those who wait.
-    asked: HashMap<u64, watch::Sender<()>>,
+    asked: Option<watch::Sender<()>>,
 }
 
 impl Pieces {
-    /// Waits until none of the pieces of a range is on its way for somebody else.
+    /// Waits until the first piece of a range is not on its way for somebody else.
     pub(super) async fn turn(&self, blob: &BlobRef, range: &Range<u64>) -> Turn {
-        let length = length(blob);
-        let first = range.start / length..range.end.div_ceil(length);
+        let key = (blob.digest, range.start / length(blob));
+        let turn = |asked| Turn { pieces: self.clone(), key, asked };
         let until = Instant::now() + PATIENCE;
         loop {
-            let mut other = match self.take(blob, length, &first, Instant::now() >= until) {
-                Ok(turn) => return turn,
-                Err(other) => other,
+            let mut other = match self.all().entry(key) {
+                Entry::Vacant(place) => {
+                    let (sender, receiver) = watch::channel(());
+                    place.insert(Piece::Asked(receiver));
+                    return turn(Some(sender));
+                }
+                Entry::Occupied(place) => match place.get() {
+                    Piece::There => return turn(None),
+                    Piece::Asked(other) => other.clone(),
+                },
             };
             // An error is the end of the one who was first, too.
-            let _ = tokio::time::timeout_at(until, other.changed()).await;
+            if tokio::time::timeout_at(until, other.changed()).await.is_err() {
+                return turn(None);
+            }
         }
     }
 
-    /// Takes the turn, unless somebody else is to be waited for.
-    fn take(
-        &self,
-        blob: &BlobRef,
-        length: u64,
-        first: &Range<u64>,
-        anyway: bool,
-    ) -> Result<Turn, watch::Receiver<()>> {
-        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut asked = HashMap::new();
-        if !anyway {
-            for piece in first.clone() {
-                if let Some(Piece::Asked(other)) = all.get(&(blob.digest, piece)) {
-                    return Err(other.clone());
-                }
-            }
-        }
-        for piece in first.clone() {
-            all.entry((blob.digest, piece)).or_insert_with(|| {
-                let (sender, receiver) = watch::channel(());
-                asked.insert(piece, sender);
-                Piece::Asked(receiver)
-            });
-        }
-        Ok(Turn { pieces: self.clone(), blob: blob.digest, length, first: first.clone(), asked })
+    fn all(&self) -> MutexGuard<'_, HashMap<Key, Piece>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Turn {
-    /// Bytes up to `at` have come.
-    pub(super) fn reached(&mut self, at: u64) {
-        let begun = at.div_ceil(self.length);
-        if begun <= self.first.start {
+    /// The first byte of the range has come: the daemon has that piece, and gets the others of the range.
+    pub(super) fn begun(&mut self) {
+        if self.asked.take().is_none() {
             return;
         }
-        let mut all = self.pieces.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.pieces.all();
         if all.len() >= REMEMBERED {
             all.retain(|_, piece| matches!(piece, Piece::Asked(_)));
         }
-        for piece in self.first.start..begun {
-            if self.asked.remove(&piece).is_some() {
-                all.insert((self.blob, piece), Piece::There);
-            }
-        }
-        self.first.start = begun;
+        all.insert(self.key, Piece::There);
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut all = self.pieces.all.lock().unwrap_or_else(PoisonError::into_inner);
-        for piece in self.asked.keys() {
-            all.remove(&(self.blob, *piece));
+        if self.asked.is_some() {
+            self.pieces.all().remove(&self.key);
         }
     }
 }
@@ -158,25 +136,28 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_second_reader_of_a_piece_waits_for_the_first_one_s_first_byte() {
         let (pieces, blob) = (Pieces::default(), blob(64 * MIB));
-        let mut one = pieces.turn(&blob, &(0..9 * MIB)).await;
-        // Another piece is nobody's yet.
-        drop(pieces.turn(&blob, &(12 * MIB..13 * MIB)).await);
-        let second = |range: Range<u64>| {
+        let second = |at: u64| {
             let pieces = pieces.clone();
-            tokio::spawn(async move { pieces.turn(&blob, &range).await })
+            tokio::spawn(async move { pieces.turn(&blob, &(at..at + MIB)).await })
         };
-        let (early, late) = (second(MIB..2 * MIB), second(8 * MIB..9 * MIB));
+        let mut one = pieces.turn(&blob, &(0..9 * MIB)).await;
+        // Another piece is nobody's yet, though the request goes on into it.
+        drop(pieces.turn(&blob, &(8 * MIB..9 * MIB)).await);
+        let early = second(MIB);
         tokio::time::sleep(PATIENCE / 4).await;
-        assert!(!early.is_finished() && !late.is_finished());
-        one.reached(1);
+        assert!(!early.is_finished());
+        one.begun();
         tokio::time::sleep(PATIENCE / 4).await;
-        assert!(early.is_finished() && !late.is_finished());
-        // It never gets there: the next one is the first.
-        drop(one);
+        assert!(early.is_finished());
+        // The first one never gets a byte: the next one is the first.
+        let gives_up = pieces.turn(&blob, &(8 * MIB..9 * MIB)).await;
+        let late = second(8 * MIB);
         tokio::time::sleep(PATIENCE / 4).await;
-        assert!(late.is_finished());
+        assert!(!late.is_finished());
+        drop(gives_up);
+        tokio::time::sleep(PATIENCE / 4).await;
         let _first = late.await.unwrap();
-        let waits = second(8 * MIB..9 * MIB);
+        let waits = second(8 * MIB);
         tokio::time::sleep(PATIENCE / 2).await;
         assert!(!waits.is_finished());
         // Nobody waits for ever.
@@ -184,7 +165,7 @@ mod tests {
         assert!(waits.is_finished());
         // What came once is asked for at once by all.
         let _reader = pieces.turn(&blob, &(0..MIB)).await;
-        let other = second(0..MIB);
+        let other = second(0);
         tokio::time::sleep(PATIENCE / 4).await;
         assert!(other.is_finished());
     }

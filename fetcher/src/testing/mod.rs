@@ -160,6 +160,8 @@ pub struct Counts {
     pub blob_bytes: u64,
     /// Requests to the token endpoint.
     pub token_requests: u64,
+    /// Requests that waited for their reply at the same time, at most.
+    pub most_at_once: u64,
 }
 
 struct State {
@@ -170,6 +172,8 @@ struct State {
     tokens: Vec<(String, Instant)>,
     log: Vec<Request>,
     counts: Counts,
+    /// Requests that wait for their reply now.
+    waiting: u64,
 }
 
 type Shared = Arc<Mutex<State>>;
@@ -201,6 +205,7 @@ impl FaultServer {
             tokens: Vec::new(),
             log: Vec::new(),
             counts: Counts::default(),
+            waiting: 0,
         }));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (stop, stopped) = tokio::sync::oneshot::channel();

@@ -105,8 +105,11 @@ async fn connection(stream: TcpStream, state: Shared) -> io::Result<()> {
             let mut state = lock(&state);
             state.log.push(logged);
             state.counts.requests += 1;
+            state.waiting += 1;
+            state.counts.most_at_once = state.counts.most_at_once.max(state.waiting);
         }
         tokio::time::sleep(reply.wait).await;
+        lock(&state).waiting -= 1;
         let mut head = format!("HTTP/1.1 {} Reply\r\n", reply.code);
         for (name, value) in &reply.headers {
             head.push_str(&format!("{name}: {value}\r\n"));

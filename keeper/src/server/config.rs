@@ -55,6 +55,9 @@ pub enum StartError {
         /// Cause.
         source: io::Error,
     },
+    /// The keeper that was waited for has ended.
+    #[error("the other keeper has ended; to be started anew, with what the service manager keeps")]
+    Again,
     /// What another program held cannot be taken over.
     #[error("taking over: {0}")]
     Resume(#[source] io::Error),

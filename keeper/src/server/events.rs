@@ -95,6 +95,11 @@ impl<T> EventTable<T> {
         Some((event.file, event.token))
     }
 
+    /// What answers those that wait.
+    pub(crate) fn tokens(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().flatten().map(|event| &event.token)
+    }
+
     /// Any waiting access of that file.
     pub(crate) fn of_file(&self, file: FileId) -> Option<EventId> {
         self.slots.iter().flatten().find(|event| event.file == file).map(|event| event.id)

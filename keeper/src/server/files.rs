@@ -1,6 +1,7 @@
 //! The files whose mark the keeper holds.
 
 use crate::protocol::{Errno, FileId, Fill, Label};
+use crate::server::kept;
 use crate::server::ledger::{FILES_MAX, FileRecord, Ledger};
 use crate::server::log::log;
 use crate::server::present::Present;
@@ -111,7 +112,9 @@ impl Files {
                 files.free_slots.push(slot);
                 continue;
             };
-            let Some(writer) = adopt(record.writer) else {
+            let inode = Inode(record.inode[0], record.inode[1]);
+            let is_same = |fd: &OwnedFd| Inode::of(fd.as_fd()).is_ok_and(|(found, _)| found == inode);
+            let Some(writer) = adopt(record.writer).filter(is_same) else {
                 log!(
                     "{}: its descriptor {} is lost; it is not watched any more",
                     record.label,
@@ -126,7 +129,6 @@ impl Files {
             {
                 log!("{}: {error}", record.label);
             }
-            let inode = Inode(record.inode[0], record.inode[1]);
             let mut present = Present::new(record.mapped, files.mapped());
             ledger.map(slot, present.words())?;
             let FileRecord { file, label, draining, .. } = record;
@@ -162,6 +164,11 @@ impl Files {
 
     pub(crate) fn get(&self, file: FileId) -> Option<&Watched> {
         self.by_id.get(&file)
+    }
+
+    /// The descriptors of all files.
+    pub(crate) fn writers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.by_id.values().map(|watched| watched.writer.as_fd())
     }
 
     /// Names of the files that a daemon has to know.
@@ -209,6 +216,7 @@ impl Files {
         let watched = Watched { label, writer, inode, present, pending: 0, draining: false, slot };
         // Behind the mark: without it nobody may take the file for watched.
         self.ledger.set_file(slot, &watched.record(file));
+        kept::keep(watched.writer.as_fd());
         self.by_inode.insert(inode, file);
         self.by_id.insert(file, watched);
         Ok(())
@@ -314,6 +322,7 @@ impl Files {
             self.by_inode.remove(&watched.inode);
             // Before its descriptor closes, whose number would come to mean another file.
             self.ledger.clear_file(watched.slot);
+            kept::forget(watched.writer.as_fd());
             self.free_slots.push(watched.slot);
         }
     }

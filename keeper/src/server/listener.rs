@@ -1,7 +1,7 @@
 //! The listening socket: one keeper per path, nobody else may connect.
 
-use super::StartError;
 use super::log::log;
+use super::{StartError, kept};
 use crate::sys;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -42,6 +42,10 @@ impl Listener {
                 source,
             })?;
             locked = rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, FlockOperation::LockExclusive));
+            if locked.is_ok() && kept::is_there() {
+                // What was handed over when this process was started is older than what that one had.
+                return Err(StartError::Again);
+            }
         }
         locked.map_err(|errno| match errno {
             Errno::WOULDBLOCK => StartError::Running(path.into()),

@@ -3,6 +3,7 @@
 mod config;
 mod events;
 mod files;
+mod kept;
 mod ledger;
 mod listener;
 mod log;
@@ -18,6 +19,7 @@ use crate::protocol::{Errno, EventId, ProtocolError, Reply, Request};
 pub use config::{Config, StartError};
 use events::{EventTable, slot_of};
 use files::{Files, Inode, Verdict};
+use kept::Kept;
 pub use ledger::VERSION as LEDGER_VERSION;
 use ledger::{EventRecord, Ledger, NONE};
 use listener::Listener;
@@ -104,6 +106,14 @@ impl Server {
         if let Some(ledger) = config.resume {
             return Self::resume(config, ledger).map_err(StartError::Resume);
         }
+        if let Some(kept) = Kept::take() {
+            match owner(&config.socket) {
+                Ok(None) => return Self::resume_kept(config, kept),
+                // It goes on with all of that.
+                Ok(Some(_)) => drop(kept),
+                Err(error) => return Err(StartError::Resume(error)),
+            }
+        }
         let listener = Listener::new(&config.socket, config.wait)?;
         let open_files = process::raise_open_files();
         let usable = open_files.saturating_sub(RESERVED_FDS);
@@ -124,6 +134,10 @@ impl Server {
         let (files, events) = (Files::new(max_files, Rc::clone(&ledger)), EventTable::new(slots));
         // Last, so that what is allocated above is locked too.
         let signals = process::harden(config.oom_score_adj).map_err(StartError::Signals)?;
+        kept::keep_ledger(&ledger);
+        if let Ok(group) = &group {
+            kept::keep(group.as_fd());
+        }
         log!("listening on {}, {slots} events, {max_files} files", config.socket.display());
         Ok(Self {
             listener,
@@ -325,7 +339,8 @@ impl Server {
             Request::CloseDevice => {
                 // Before it is closed: its number could come to mean another descriptor.
                 self.ledger.update(|header| header.device = NONE);
-                if self.device.take().is_some() {
+                if let Some(device) = self.device.take() {
+                    kept::forget(device.as_fd());
                     log!("closed {}", self.device_path.display());
                 }
                 Ok(())
@@ -372,6 +387,7 @@ impl Server {
             })?;
             log!("opened {}", self.device_path.display());
             self.ledger.update(|header| header.device = opened.as_raw_fd());
+            kept::keep(opened.as_fd());
             self.device = Some(opened);
         }
         Ok(())

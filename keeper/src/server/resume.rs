@@ -3,19 +3,20 @@
 
 use super::events::{EventTable, slot_of};
 use super::files::{Files, Inode, Verdict};
+use super::kept::{self, Kept};
 use super::ledger::Ledger;
 use super::listener::Listener;
 use super::log::{Limit, log};
 use super::peer::Process;
 use super::standby::Standby;
-use super::{Config, RESERVED_FDS, Server, admit, process, standby};
+use super::{Config, RESERVED_FDS, Server, StartError, admit, process, standby};
 use crate::protocol::EventId;
 use crate::sys;
 use rustix::fs::OFlags;
-use skimmer_fanotify::{EventAccess, EventBuffer, Group, PreAccess};
+use skimmer_fanotify::{DenyErrno, EventAccess, EventBuffer, Group, PreAccess};
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 /// Gives each number out once.
@@ -45,10 +46,42 @@ impl Server {
         let ledger =
             Ledger::inherited(ledger)?.ok_or_else(|| io::Error::other("a memory file of another version"))?;
         let header = ledger.header();
-        let ledger = Rc::new(ledger);
         let (socket, lock) = (adoption.take(header.listener), adoption.take(header.lock));
         let socket = socket.ok_or_else(|| missing("the listening socket"))?;
         let listener = Listener::inherited(socket, lock.ok_or_else(|| missing("the lock"))?, &config.socket);
+        let mut server = Self::from_ledger(config, ledger, listener, &mut adoption)?;
+        server.resume_unwritten(&mut adoption);
+        server.go_on();
+        Ok(server)
+    }
+
+    /// Takes over from processes that died at once.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub(super) fn resume_kept(config: Config, kept: Kept) -> Result<Self, StartError> {
+        process::raise_open_files();
+        let ledger = kept.put_back().map_err(StartError::Resume)?;
+        let listener = Listener::new(&config.socket, config.wait)?;
+        let [socket, lock] = listener.raw();
+        ledger.update(|header| (header.listener, header.lock) = (socket, lock));
+        let mut adoption = Adoption(HashSet::from([socket, lock, ledger.raw()]));
+        let mut server =
+            Self::from_ledger(config, ledger, listener, &mut adoption).map_err(StartError::Resume)?;
+        let denied = server.deny_unwritten();
+        log!("both processes of the last keeper died at once; {denied} of its accesses are denied");
+        server.go_on();
+        Ok(server)
+    }
+
+    fn from_ledger(
+        config: Config,
+        ledger: Ledger,
+        listener: Listener,
+        adoption: &mut Adoption,
+    ) -> io::Result<Self> {
+        let header = ledger.header();
+        let ledger = Rc::new(ledger);
         let group = match adoption.take(header.group) {
             Some(group) => Ok(Group::inherited(group)),
             None => Group::new(EventAccess::ReadOnly),
@@ -82,14 +115,21 @@ impl Server {
             group_errors: Limit::default(),
             stop: false,
         };
-        server.resume_events(&mut adoption)?;
-        server.answer_drained();
-        server.files.forget_all_drained();
-        log!("took over; {}", server.held());
+        server.resume_events(adoption)?;
         Ok(server)
     }
 
-    /// Accesses that wait: those that are written down, and those that the other process had no time to write down.
+    fn go_on(&mut self) {
+        // Again, for the program before this one may not have known how.
+        kept::keep_ledger(&self.ledger);
+        let fds = [self.group.as_ref().ok().map(AsFd::as_fd), self.device.as_ref().map(AsFd::as_fd)];
+        fds.into_iter().flatten().chain(self.files.writers()).for_each(kept::keep);
+        self.answer_drained();
+        self.files.forget_all_drained();
+        log!("took over; {}", self.held());
+    }
+
+    /// Accesses that wait and are written down.
     fn resume_events(&mut self, adoption: &mut Adoption) -> io::Result<()> {
         let Ok(group) = &self.group else { return Ok(()) };
         for slot in 0..usize::from(self.ledger.header().slots) {
@@ -106,6 +146,12 @@ impl Server {
                 self.files.event_added(record.file);
             }
         }
+        Ok(())
+    }
+
+    /// Those that the other process had no time to write down, but whose descriptors are here.
+    fn resume_unwritten(&mut self, adoption: &mut Adoption) {
+        let Ok(group) = &self.group else { return };
         let unknown: Vec<RawFd> = standby::open_descriptors();
         let unknown =
             unknown.into_iter().filter(|number| !self.is_own(*number) && !adoption.0.contains(number));
@@ -119,7 +165,17 @@ impl Server {
                 admit(&mut self.files, &mut self.events, &self.ledger, &mut self.denials, token);
             }
         }
-        Ok(())
+    }
+
+    /// Those whose descriptors are gone: which file they want is not known, but their numbers are low. Returns how many
+    /// there were.
+    fn deny_unwritten(&self) -> usize {
+        let Ok(group) = &self.group else { return 0 };
+        let header = self.ledger.header();
+        let limit = RESERVED_FDS + u64::from(header.slots) + u64::from(header.files);
+        let known: HashSet<RawFd> = self.events.tokens().map(|token| token.as_fd().as_raw_fd()).collect();
+        let unknown = (0..i32::try_from(limit).unwrap_or(i32::MAX)).filter(|number| !known.contains(number));
+        unknown.filter(|number| group.deny_left(*number, DenyErrno::Io)).count()
     }
 
     /// What this program itself has opened by now.

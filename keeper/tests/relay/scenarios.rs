@@ -1,5 +1,6 @@
 //! What must hold.
 
+use crate::manager::Manager;
 use crate::support::{Bench, Client, KeeperProcess, byte_at, expected, fill, read};
 use rustix::process::Signal;
 use skimmer_keeper::client::{Command, Keeper, KeeperError, Notice};
@@ -23,6 +24,7 @@ type Scenario = fn(&Bench);
 
 pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_read_waits_for_its_bytes", a_read_waits_for_its_bytes),
+    ("both_die_and_another_goes_on", both_die_and_another_goes_on),
     ("filled_ranges_need_no_daemon", filled_ranges_need_no_daemon),
     ("what_is_not_durable_ends_with_the_daemon", what_is_not_durable_ends_with_the_daemon),
     ("denials_carry_their_error", denials_carry_their_error),
@@ -434,6 +436,22 @@ fn a_standby_takes_over(bench: &Bench) {
 fn an_upgrade_keeps_everything(bench: &Bench) {
     let mut keeper = bench.start(&[]);
     goes_on(bench, &mut keeper, |_| assert!(bench.start(&["--reload"]).wait().success()));
+}
+
+/// Both at once: only the service manager has what they held.
+fn both_die_and_another_goes_on(bench: &Bench) {
+    let manager = Manager::new();
+    let mut keeper = bench.start_under(&manager, &[]);
+    goes_on(bench, &mut keeper, |keeper| {
+        // It is started while the others live, so what it was handed is old.
+        let mut waits = bench.start_under(&manager, &["--wait"]);
+        thread::sleep(Duration::from_millis(200));
+        assert!(waits.is_running());
+        keeper.kill();
+        keeper.wait();
+        assert!(!waits.wait().success());
+        *keeper = bench.start_under(&manager, &["--wait"]);
+    });
 }
 
 /// What the others here rely on would show: without the two processes the kernel lets readers through unfilled.

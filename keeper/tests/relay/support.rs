@@ -1,5 +1,6 @@
 //! A directory, a keeper, files whose every byte is known, and readers.
 
+use crate::manager::Manager;
 use rustix::event::{PollFd, PollFlags};
 use skimmer_fanotify::Unsupported;
 use skimmer_keeper::client::{Command, Keeper, KeeperError, Notice, Welcome};
@@ -86,10 +87,22 @@ impl Bench {
     }
 
     pub(crate) fn start(&self, args: &[&str]) -> KeeperProcess {
-        let child = std::process::Command::new(env!("CARGO_BIN_EXE_skimmer-keeper"))
-            .arg("--socket")
-            .arg(self.socket())
-            .args(args)
+        Self::spawn(self.command(args))
+    }
+
+    /// With what the service manager has for it.
+    pub(crate) fn start_under(&self, manager: &Manager, args: &[&str]) -> KeeperProcess {
+        Self::spawn(manager.hand_over(&self.command(args)))
+    }
+
+    fn command(&self, args: &[&str]) -> std::process::Command {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_skimmer-keeper"));
+        command.arg("--socket").arg(self.socket()).args(args);
+        command
+    }
+
+    fn spawn(mut command: std::process::Command) -> KeeperProcess {
+        let child = command
             .stdin(Stdio::null())
             // All of its processes can be killed at once.
             .process_group(0)

@@ -7,7 +7,6 @@ use skimmer_client::{Client, StatusReport};
 use skimmer_config::Config;
 use skimmer_fetcher::Reference;
 use skimmer_fetcher::image::find;
-use tokio::net::TcpStream;
 
 use super::Finding;
 use crate::commands::containerd;
@@ -85,18 +84,13 @@ pub(super) fn containerd(config: &Config, runs: bool, file: &Path) -> Finding {
     }
 }
 
-/// Whether the node's Dragonfly daemon takes connections; `None` when none is wanted.
+/// Whether the node's Dragonfly daemon answers; `None` when none is wanted.
 pub(super) async fn dragonfly(config: &Config) -> Option<Finding> {
     let dragonfly = config.dragonfly.source().ok().flatten()?;
     let (subject, endpoint) = ("dragonfly", &dragonfly.endpoint);
-    let tried = async {
-        let host = endpoint.host_str().unwrap_or_default();
-        let port = endpoint.port_or_known_default().unwrap_or(4001);
-        TcpStream::connect((host.trim_matches(['[', ']']), port)).await
-    };
     let remedy = "start dfdaemon, or clear `dragonfly.endpoint`; until then registry and mirrors are asked";
-    Some(match tokio::time::timeout(PATIENCE, tried).await {
-        Ok(Ok(_)) => Finding::ok(subject, format!("{endpoint} takes connections")),
+    Some(match tokio::time::timeout(PATIENCE, dragonfly.answers()).await {
+        Ok(Ok(())) => Finding::ok(subject, format!("{endpoint} answers")),
         Ok(Err(error)) => Finding::missing(subject, format!("{endpoint}: {error}"), remedy),
         Err(_) => Finding::missing(subject, format!("{endpoint}: no answer"), remedy),
     })
