@@ -76,7 +76,9 @@ fn the_login_of_a_pod_s_pull_outlives_it() {
         ensure!(format!("{error:#}").contains(&format!("blob sha256:{} of the image is not at", stage.data)));
         ensure!(daemon.status()?["mounts"] == serde_json::json!([]), "it is still mounted");
         fs::rename(&hidden, &data)?;
-        cri.pull(&image, Some(("skim", "first")))?;
+        // containerd may be clearing what the failed pull left.
+        let again = || Ok(cri.pull(&image, Some(("skim", "first"))).is_ok());
+        wait(Duration::from_secs(60), "the data is back", again)?;
         let pod = cri.pod("one")?;
         let container = cri.container(&pod, "lazy", &image, &["sleep", "1000000"])?;
         let check = |first: usize| {
