@@ -174,6 +174,19 @@ impl KeeperProcess {
         members.collect()
     }
 
+    /// The same, as soon as there are two: on a slow machine the last kill may not be made good yet.
+    pub(crate) fn pair(&self) -> Vec<rustix::process::Pid> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let members = self.members();
+            if members.len() > 1 {
+                return members;
+            }
+            assert!(Instant::now() < until, "nobody stands by");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Waits until none of them is left.
     pub(crate) fn wait_for_all(&mut self) {
         let until = Instant::now() + PATIENCE;
