@@ -291,7 +291,7 @@ pub enum LogFormat {
 pub struct Dragonfly {
     /// The registry mirror of the node's dfdaemon, `http://HOST:PORT`; empty for none.
     pub endpoint: String,
-    /// Whether the first read of a blob has dfdaemon fetch all of it.
+    /// Whether dfdaemon is to fetch all of a blob of which a quarter was read by way of it.
     pub prefetch: bool,
 }
 

@@ -16,7 +16,7 @@ use skimmer_fetcher::image::{self, OpenOptions};
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::reference::Reference;
 use skimmer_fetcher::registry::{Dragonfly, RegistryOptions, Repository};
-use skimmer_fetcher::source::{ErrorClass, Source, Urgency};
+use skimmer_fetcher::source::{BlobRef, ErrorClass, Source, Urgency};
 use skimmer_fetcher::testing::{Bearer, Fault, FaultServer, Login};
 
 /// Two mirrors and the registry, all with the same image.
@@ -168,7 +168,7 @@ async fn when_no_host_is_good_each_is_named() {
     for server in world.mirrors.iter().chain([&world.upstream]) {
         assert!(error.to_string().contains(&server.host()), "{error}");
     }
-    let absent = skimmer_fetcher::BlobRef { digest: Digest::of(b"absent"), size: 10 };
+    let absent = BlobRef { digest: Digest::of(b"absent"), size: 10 };
     assert!(!source.has(&absent).await.unwrap());
 }
 
@@ -238,6 +238,28 @@ async fn dragonfly_is_asked_for_a_piece_once_until_it_has_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn dragonfly_is_to_fetch_a_hot_blob_whole() {
+    const PIECE: u64 = 4 << 20;
+    let mut world = world();
+    world.write("");
+    let bytes = vec![7; 6 * usize::try_from(PIECE).unwrap()];
+    let blob = BlobRef { digest: Digest::of(&bytes), size: 6 * PIECE };
+    std::fs::write(world.sample.layout.blob_path(&blob.digest), bytes).unwrap();
+    for prefetch in [false, true] {
+        let dragonfly = &world.mirrors[0];
+        world.options.dragonfly =
+            Some(Dragonfly::new(&format!("http://{}", dragonfly.host()), prefetch).unwrap());
+        let source = world.repository();
+        for at in [0, 1, 2, 5] {
+            let body = source.read(&blob, at * PIECE..at * PIECE + 100, Urgency::Demand).await.unwrap();
+            assert_eq!(body.collect().await.unwrap(), vec![7; 100]);
+        }
+        let told: Vec<bool> = dragonfly.take_log().iter().map(|request| request.prefetch).collect();
+        assert_eq!(told, [false, false, prefetch, prefetch]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_ranges_the_whole_blob_is_downloaded_once() {
     let world = world();
     for server in world.mirrors.iter().chain([&world.upstream]) {
@@ -268,7 +290,7 @@ async fn without_ranges_the_whole_blob_is_downloaded_once() {
     broken.mirrors[0].fault(Fault::Status { code: 503, headers: Vec::new(), body: Vec::new() });
     let other = broken.sample.manifest;
     let size = std::fs::metadata(broken.sample.layout.blob_path(&other)).unwrap().len();
-    let other = skimmer_fetcher::BlobRef { digest: other, size };
+    let other = BlobRef { digest: other, size };
     let error = source.read(&other, 5..6, Urgency::Demand).await.unwrap_err();
     assert!(error.to_string().contains("503"), "{error}");
 }

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kernel_tests::debian_image::{self, PERL, PYTHON, Program, TAG};
+use kernel_tests::debian_image::{self, NODE, PERL, PYTHON, Program, TAG};
 use kernel_tests::dragonfly::{self, Network, Node, Scheduler};
 use kernel_tests::registry::Registry;
 use kernel_tests::scenario::PACKAGES;
@@ -39,12 +39,12 @@ fn play(scratch: &Path) -> Result<()> {
     let address = TcpListener::bind(SocketAddr::from((network.host(), 0)))?.local_addr()?;
     let place = scratch.join("registry");
     let mut registry = Registry::start_by(Command::new("docker-registry"), &place, &place, address)?;
-    for (program, name) in [(&PERL, "perl"), (&PYTHON, "python")] {
+    for program in [&PERL, &PYTHON, &NODE] {
         let source = format!("oci:{}:{TAG}", debian_image::prepare(program)?.display());
-        let (skimmer, converted) = (programs()?.swap_remove(0), scratch.join(name));
+        let (skimmer, converted) = (programs()?.swap_remove(0), scratch.join(program.name));
         run(Command::new(&skimmer).args(["convert", &source]).arg(&converted))?;
         let push = ["push", "--plain-http"];
-        run(Command::new(&skimmer).args(push).arg(&converted).arg(registry.reference(name)))?;
+        run(Command::new(&skimmer).args(push).arg(&converted).arg(registry.reference(program.name)))?;
     }
     let scheduler = Scheduler::start(&network, &scratch.join("scheduler"))?;
     let mut nodes = Vec::new();
@@ -76,21 +76,33 @@ fn play(scratch: &Path) -> Result<()> {
     println!("one node's start took {one} bytes from the registry, three took {all}");
     ensure!(all * 10 <= one * 12, "three nodes took {all} bytes, one {one}\n{}", logs(&nodes));
 
-    // Another image; the daemon that has it all hangs, and then one in the middle of its node's own start.
+    // Another image: a daemon that others got it from hangs in the middle of the last node's start.
     let image = registry.reference("python");
-    start(&nodes[0], &image, &PYTHON)?;
-    nodes[0].freeze_dfdaemon(true)?;
-    let slowest = start(&nodes[1], &image, &PYTHON)?;
-    println!("with a peer stopped, the slowest read took {slowest:?}");
-    ensure!(slowest < HUNG / 2, "a read took {slowest:?}\n{}", logs(&nodes));
+    let before = registry.sent_bytes()?;
+    start_in_halves(&nodes[0], &image, &PYTHON, || Ok(()))?;
+    let one = registry.sent_bytes()? - before;
+    start_in_halves(&nodes[1], &image, &PYTHON, || Ok(()))?;
+    let slowest = start_in_halves(&nodes[2], &image, &PYTHON, || nodes[0].freeze_dfdaemon(true))?;
     nodes[0].freeze_dfdaemon(false)?;
-    let target = nodes[2].mount(&image)?;
-    run(Command::new("sha256sum").arg(target.join("usr/bin/git")))?;
-    nodes[2].freeze_dfdaemon(true)?;
-    run_in(&target, &PYTHON)?;
-    let slowest = nodes[2].umount(&target)?;
-    println!("with the node's own daemon stopped half way, the slowest read took {slowest:?}");
+    let all = registry.sent_bytes()? - before;
+    println!(
+        "one node's start took {one} bytes from the registry, three took {all} with one of the peers stopped in the \
+         middle; the slowest read took {slowest:?}"
+    );
+    ensure!(all * 10 <= one * 12, "three nodes took {all} bytes, one {one}\n{}", logs(&nodes));
+    ensure!(slowest < HUNG / 2, "a read took {slowest:?}\n{}", logs(&nodes));
+
+    // A third one: the only daemon that has it hangs, and then one in the middle of its own node's start.
+    let image = registry.reference("node");
+    start(&nodes[0], &image, &NODE)?;
+    nodes[0].freeze_dfdaemon(true)?;
+    let slowest = start(&nodes[1], &image, &NODE)?;
+    println!("with the only peer stopped, the slowest read took {slowest:?}");
+    nodes[0].freeze_dfdaemon(false)?;
+    ensure!(slowest < HUNG / 2, "a read took {slowest:?}\n{}", logs(&nodes));
+    let slowest = start_in_halves(&nodes[2], &image, &NODE, || nodes[2].freeze_dfdaemon(true))?;
     nodes[2].freeze_dfdaemon(false)?;
+    println!("with the node's own daemon stopped half way, the slowest read took {slowest:?}");
     ensure!(slowest < HUNG / 2, "a read took {slowest:?}\n{}", logs(&nodes));
     nodes.into_iter().try_for_each(Node::end)
 }
@@ -99,6 +111,21 @@ fn play(scratch: &Path) -> Result<()> {
 fn start(node: &Node, image: &str, program: &Program) -> Result<Duration> {
     let target = node.mount(image)?;
     let result = run_in(&target, program);
+    let slowest = node.umount(&target)?;
+    result.map(|()| slowest)
+}
+
+/// The same, with something between a first half and a second one.
+fn start_in_halves(
+    node: &Node,
+    image: &str,
+    program: &Program,
+    between: impl FnOnce() -> Result<()>,
+) -> Result<Duration> {
+    let target = node.mount(image)?;
+    let main = program.run[0].trim_start_matches('/');
+    let first = run(Command::new("sha256sum").arg(target.join(main)));
+    let result = first.and_then(|_| between()).and_then(|()| run_in(&target, program));
     let slowest = node.umount(&target)?;
     result.map(|()| slowest)
 }

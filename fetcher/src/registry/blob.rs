@@ -11,6 +11,7 @@ use reqwest::{Method, StatusCode};
 
 use super::Registry;
 use super::auth::Access;
+use super::dragonfly::PREFETCH;
 use super::pieces::{self, Turn};
 use super::range::{Accepted, judge};
 use crate::http::{self, Use};
@@ -52,6 +53,9 @@ impl Registry {
         let header = HeaderValue::try_from(format!("bytes={}-{}", range.start, range.end - 1));
         call.headers
             .insert(RANGE, header.map_err(|error| self.error(ErrorClass::BadRange, error.to_string()))?);
+        if self.inner.prefetches && self.inner.pieces.as_ref().is_some_and(|pieces| pieces.is_hot(blob)) {
+            call.headers.insert(PREFETCH, HeaderValue::from_static("true"));
+        }
         let response = self.send(&call).await?;
         match judge(response.status(), response.headers(), range, blob.size) {
             Ok(Accepted::Part { end }) => Ok(Reply { response, end, whole: false }),

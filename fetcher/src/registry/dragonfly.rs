@@ -21,15 +21,15 @@ const UPSTREAM: HeaderName = HeaderName::from_static("x-dragonfly-registry");
 const PEERS: HeaderName = HeaderName::from_static("x-dragonfly-use-p2p");
 /// To use them for small ranges, too: client 1.5.10 and later.
 const POLICY: HeaderName = HeaderName::from_static("x-dragonfly-scheduling-policy");
-/// To fetch the whole blob behind the first range.
-const PREFETCH: HeaderName = HeaderName::from_static("x-dragonfly-prefetch");
+/// To fetch the whole blob behind a range.
+pub(super) const PREFETCH: HeaderName = HeaderName::from_static("x-dragonfly-prefetch");
 
 /// Where the node's daemon is, and what it is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dragonfly {
     /// The root of its registry mirror, `http://127.0.0.1:4001`.
     pub endpoint: Url,
-    /// Whether the first read of a blob has it fetch the whole blob.
+    /// Whether it is to fetch the whole of a blob that is hot here.
     pub prefetch: bool,
 }
 
@@ -71,15 +71,11 @@ impl Dragonfly {
         root.set_path(upstream.root.path());
         let upstream_root = upstream.root.origin().ascii_serialization();
         let value = HeaderValue::try_from(upstream_root).map_err(|error| error.to_string())?;
-        let yes = HeaderValue::from_static("true");
-        let mut headers = HeaderMap::from_iter([
+        let headers = HeaderMap::from_iter([
             (UPSTREAM, value),
-            (PEERS, yes.clone()),
+            (PEERS, HeaderValue::from_static("true")),
             (POLICY, HeaderValue::from_static("always")),
         ]);
-        if self.prefetch {
-            headers.insert(PREFETCH, yes);
-        }
         let mut http = HttpOptions {
             extra_ca: http.extra_ca.clone(),
             timeouts: http.timeouts,
@@ -136,7 +132,6 @@ mod tests {
         let header = |name: &str| endpoint.headers.get(name).unwrap().to_str().unwrap().to_owned();
         assert_eq!(header("x-dragonfly-registry"), "https://registry.example:5000");
         assert_eq!(header("x-dragonfly-scheduling-policy"), "always");
-        assert_eq!(header("x-dragonfly-prefetch"), "true");
         for bad in ["127.0.0.1:4001", "ftp://a", "http://a/b", "http://u:p@a", "http://a?b=c"] {
             assert!(Dragonfly::new(bad, false).is_err(), "{bad}");
         }

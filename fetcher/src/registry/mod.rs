@@ -104,6 +104,8 @@ struct Inner {
     received: Arc<AtomicU64>,
     /// Of the node's Dragonfly daemon.
     pieces: Option<Pieces>,
+    /// Whether that is to fetch hot blobs whole.
+    prefetches: bool,
     auth: Auth,
     targets: Targets,
     upload_piece: u64,
@@ -208,6 +210,7 @@ impl Registry {
                 health,
                 received,
                 pieces: (role == Role::Peers).then(Pieces::default),
+                prefetches: options.dragonfly.as_ref().is_some_and(|dragonfly| dragonfly.prefetch),
                 auth,
                 targets: Targets::default(),
                 upload_piece: options.upload_piece.max(1 << 20),

@@ -42,8 +42,13 @@ enum Piece {
 
 /// What is known of the pieces of all blobs. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Pieces {
-    all: Arc<Mutex<HashMap<Key, Piece>>>,
+pub(super) struct Pieces(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    all: HashMap<Key, Piece>,
+    /// How many the daemon has, by blob.
+    there: HashMap<Digest, u64>,
 }
 
 /// The right to ask for a range: of its first piece, if nobody had that, others wait for this one to have it. Later ones
@@ -63,7 +68,7 @@ impl Pieces {
         let turn = |asked| Turn { pieces: self.clone(), key, asked };
         let until = Instant::now() + PATIENCE;
         loop {
-            let mut other = match self.all().entry(key) {
+            let mut other = match self.known().all.entry(key) {
                 Entry::Vacant(place) => {
                     let (sender, receiver) = watch::channel(());
                     place.insert(Piece::Asked(receiver));
@@ -81,8 +86,15 @@ impl Pieces {
         }
     }
 
-    fn all(&self) -> MutexGuard<'_, HashMap<Key, Piece>> {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether so much of a blob was read by way of the daemon that it may as well have the rest: a quarter, and more
+    /// than one piece.
+    pub(super) fn is_hot(&self, blob: &BlobRef) -> bool {
+        let there = self.known().there.get(&blob.digest).copied().unwrap_or(0);
+        there > 1 && there.saturating_mul(4) >= blob.size.div_ceil(length(blob))
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,18 +104,20 @@ impl Turn {
         if self.asked.take().is_none() {
             return;
         }
-        let mut all = self.pieces.all();
-        if all.len() >= REMEMBERED {
-            all.retain(|_, piece| matches!(piece, Piece::Asked(_)));
+        let mut known = self.pieces.known();
+        if known.all.len() >= REMEMBERED {
+            known.all.retain(|_, piece| matches!(piece, Piece::Asked(_)));
+            known.there.clear();
         }
-        all.insert(self.key, Piece::There);
+        known.all.insert(self.key, Piece::There);
+        *known.there.entry(self.key.0).or_default() += 1;
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
         if self.asked.is_some() {
-            self.pieces.all().remove(&self.key);
+            self.pieces.known().all.remove(&self.key);
         }
     }
 }
@@ -131,6 +145,18 @@ mod tests {
         ] {
             assert_eq!(length(&blob(size)), expect, "{size}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_blob_is_hot_when_a_quarter_of_its_pieces_came() {
+        let (pieces, blob) = (Pieces::default(), blob(48 * MIB));
+        for (at, hot) in [(0, false), (1, false), (4, true), (11, true)] {
+            // A piece that is there counts once.
+            pieces.turn(&blob, &(at * 4 * MIB..at * 4 * MIB + 1)).await.begun();
+            pieces.turn(&blob, &(at * 4 * MIB + 1..at * 4 * MIB + 2)).await.begun();
+            assert_eq!(pieces.is_hot(&blob), hot, "{at}");
+        }
+        assert!(!pieces.is_hot(&BlobRef { digest: Digest::from_bytes([8; 32]), size: MIB }));
     }
 
     #[tokio::test(start_paused = true)]

@@ -66,6 +66,8 @@ struct State {
     other: usize,
     waiting: [VecDeque<oneshot::Sender<Permit>>; 2],
     hedges: u32,
+    /// When a lost race last counted as a failure.
+    lost: Option<Instant>,
     lies: VecDeque<Instant>,
 }
 
@@ -86,6 +88,7 @@ impl Default for Health {
                 other: 0,
                 waiting: [VecDeque::new(), VecDeque::new()],
                 hedges: MOST_HEDGES / 2,
+                lost: None,
                 lies: VecDeque::new(),
             }),
         }
@@ -241,10 +244,15 @@ impl Health {
         state.first_bytes.push_back(after);
     }
 
-    /// Notes that another host was faster, although this one had its time before.
-    pub fn lost(&self, after: Duration) {
-        self.answered(after);
-        self.lock().fail(Duration::ZERO, false, "another host was faster time and again");
+    /// Notes that another host was faster, although this one had its time since `began`. Races that went on together
+    /// are one failure: a single piece that is long in coming may be what all of them waited for.
+    pub fn lost(&self, began: Instant) {
+        self.answered(began.elapsed());
+        let mut state = self.lock();
+        if state.lost.is_none_or(|lost| lost <= began) {
+            state.lost = Some(Instant::now());
+            state.fail(Duration::ZERO, false, "another host was faster time and again");
+        }
     }
 
     /// Notes that bytes from this host were not those of the image.
@@ -391,6 +399,21 @@ mod tests {
         enter(&health).await.unwrap().bad(&error(ErrorClass::Transient));
         let state = health.lock();
         assert_eq!((state.limit, state.demand, state.other), (LIMIT / 2, 0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn races_lost_together_are_one_failure() {
+        let health = Health::default();
+        let began = Instant::now();
+        tokio::time::advance(SHORT_PATIENCE).await;
+        (0..2 * FAILURES).for_each(|_| health.lost(began));
+        for _ in 1..FAILURES {
+            assert!(health.is_good());
+            let began = Instant::now();
+            tokio::time::advance(SHORT_PATIENCE).await;
+            health.lost(began);
+        }
+        assert!(!health.is_good());
     }
 
     #[test]

@@ -187,7 +187,7 @@ impl Reading {
                 Some(Some(Finish { member, result, permit })) => match result {
                     Ok(arrival) => {
                         for slower in racing.iter().take_while(|racer| !Arc::ptr_eq(racer, &member)) {
-                            slower.health.lost(began.elapsed());
+                            slower.health.lost(began);
                         }
                         return Ok(arrival);
                     }

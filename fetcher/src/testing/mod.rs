@@ -143,6 +143,8 @@ pub struct Request {
     pub authorized: bool,
     /// The `Accept-Encoding` header.
     pub accept_encoding: Option<String>,
+    /// Whether `X-Dragonfly-Prefetch` was true.
+    pub prefetch: bool,
     /// The status of the reply; 0 when none was sent.
     pub status: u16,
 }

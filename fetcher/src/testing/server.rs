@@ -91,6 +91,7 @@ async fn connection(stream: TcpStream, state: Shared) -> io::Result<()> {
             range: request.header("range").map(str::to_owned),
             authorized: request.header("authorization").is_some(),
             accept_encoding: request.header("accept-encoding").map(str::to_owned),
+            prefetch: request.header("x-dragonfly-prefetch") == Some("true"),
             method: request.method,
             target: request.target,
             status: 0,
