@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
-use skimmer_keeper::client::{Command as KeeperCommand, Keeper, KeeperError, Notice, Welcome};
+use skimmer_keeper::client::{
+    Command as KeeperCommand, Keeper, KeeperError, Notice as KeeperNotice, Welcome,
+};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -24,7 +26,7 @@ use crate::node_metrics::NodeMetrics;
 use crate::pulls::Pulls;
 use crate::service::{self, Sockets};
 use crate::store::Store;
-use crate::store::journal::Journal;
+use crate::store::journal::{Journal, Notice};
 use crate::store::records::Secrets;
 use skimmer_config::Config;
 
@@ -106,19 +108,23 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
         keeper,
     };
     let mounts = Mounts::new(parts);
-    mounts.restore(record).await?;
-
-    let (stop, stopped) = watch::channel(None);
     let hearing = {
         let mounts = Arc::clone(&mounts);
         tokio::spawn(async move {
             while let Some(notice) = notices.recv().await {
                 let mounts = Arc::clone(&mounts);
-                // Not in turn: a completion waits for the mount that is under way, a fault must not.
-                tokio::spawn(async move { mounts.on_notice(notice).await });
+                let is_complete = matches!(notice, Notice::Complete(..));
+                let dealt_with = tokio::spawn(async move { mounts.on_notice(notice).await });
+                // In turn, but for a completion: it waits for the mount that is under way.
+                if !is_complete && let Err(error) = dealt_with.await {
+                    tracing::error!("a notice of the journal: {error}");
+                }
             }
         })
     };
+    mounts.restore(record).await?;
+
+    let (stop, stopped) = watch::channel(None);
     let following = following.map(|following| tokio::spawn(following.run(Arc::downgrade(&mounts))));
     let budget = tokio::spawn(Arc::clone(&mounts).keep_budget(move || metrics.written()));
     let sweeping = tokio::spawn(Arc::clone(&mounts).sweep_forever());
@@ -336,6 +342,8 @@ fn start_keeper(socket: &Path, log: &Path) -> std::io::Result<Child> {
         .arg("--detach")
         .arg("--socket")
         .arg(socket)
+        // What it holds is not kept for a service that ends with us.
+        .env_remove("NOTIFY_SOCKET")
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(file)
@@ -356,7 +364,7 @@ fn stop_keeper(socket: &Path) -> anyhow::Result<()> {
     let deadline = Instant::now() + KEEPER_START;
     while Instant::now() < deadline {
         match keeper.recv() {
-            Ok(Some(Notice::Done { seq, result })) if seq == stop => {
+            Ok(Some(KeeperNotice::Done { seq, result })) if seq == stop => {
                 return result.map_err(|errno| anyhow::anyhow!("it refuses: {errno}"));
             }
             Ok(Some(_)) => {}

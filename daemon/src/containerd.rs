@@ -69,7 +69,10 @@ impl Images for Lazily {
         let mount = self.0.mount(request).await.map_err(refused)?;
         // A pull that succeeds means that the image is there; its data is first asked for when containers run.
         if let Err(failure) = self.0.find_blobs(&mount.target).await {
-            self.umount(mount.target).await?;
+            // The pull's end is told all the same.
+            if let Err(error) = self.umount(mount.target.clone()).await {
+                tracing::warn!(target = %mount.target.display(), "an image with a missing blob stays mounted: {error}");
+            }
             return Err(refused(failure));
         }
         tracing::info!(image = %mount.image, target = %mount.target.display(), mode = %mount.mode, "mounted");

@@ -65,8 +65,10 @@ async fn what_was_recorded_is_ready_after_a_restart() {
     store.claim(&spec(vec![chunk(0, 0, 1), chunk(5, 5 * 4096, 1)])).unwrap();
     assert!(recorded(&store).is_empty());
     let notices = write_and_record(&store, &[0, 5]).await;
-    let expected = [Notice::Durable(blob(), vec![0, 5]), Notice::Complete(Mode::Fanotify, blob())];
-    assert_eq!(notices, expected);
+    let [Notice::Durable(durable, chunks), Notice::Complete(Mode::Fanotify, complete)] = &notices[..] else {
+        panic!("{notices:?}")
+    };
+    assert_eq!((*durable, chunks.as_slice(), *complete), (blob(), &[0, 5][..], blob()));
     drop(store);
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(recorded(&store), vec![0, 5]);

@@ -9,22 +9,27 @@ use skimmer_keeper::protocol::Fill;
 
 use super::Driver;
 use super::kernel::{Read, Ticket};
-use super::objects::{FileKey, Object};
+use super::objects::Object;
 use crate::blob::{BlobId, ReadyBits};
 use crate::frontend::Mode;
 
 impl Driver {
     /// Only `kept` of the blob's file is there.
     pub(super) fn lost(&mut self, mode: Mode, blob: BlobId, kept: &ReadyBits) {
+        // What was written until now is lost with the rest, and must not come to count after it.
+        self.do_outputs();
+        // Before what is left to be read is found out from it.
+        if mode == Mode::Fanotify
+            && let Some(known) = self.blobs.get_mut(&blob)
+        {
+            (known.ready, known.durable) = (kept.clone(), kept.clone());
+            self.tell_anew(blob);
+        }
         for object in self.objects.of(blob) {
             let Some(Object { key, asked, .. }) = self.objects.get(object) else { continue };
             let (key, asked) = (key.clone(), *asked);
             if key.mode() != mode {
                 continue;
-            }
-            if let (FileKey::Fanotify(_), Some(known)) = (&key, self.blobs.get_mut(&blob)) {
-                (known.ready, known.durable) = (kept.clone(), kept.clone());
-                self.tell_anew(blob);
             }
             // The engine's objects only gain chunks. What it still has under way for this one is not trusted either:
             // a part of it may have been lost with the rest.

@@ -401,6 +401,7 @@ impl Mounts {
                 }
             }
             Notice::Complete(mode, blob) => self.on_complete(mode, blob).await,
+            Notice::Over(reply) => drop(reply),
         }
     }
 

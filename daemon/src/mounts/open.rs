@@ -176,20 +176,28 @@ impl Mounts {
         Some(Ahead { blob: blob.digest, source: name, body })
     }
 
-    /// Makes sure that a source has each blob of the image that is mounted there. One that cannot be asked may have it.
+    /// Makes sure that each blob of the image that is mounted there is in the cache, or a source has it. One that cannot
+    /// be asked may have it.
     ///
     /// # Errors
     /// None has one of them.
     pub async fn find_blobs(&self, target: &Path) -> Result<(), Failure> {
-        let (image, specs) = {
+        let (image, file_mode, specs) = {
             let state = self.state.lock().await;
             let mounted =
                 state.attachments.iter().find(|a| a.record.mounts.iter().any(|m| m.target == target));
             let Some(mounted) = mounted else { return Ok(()) };
-            (mounted.image.clone(), mounted.specs.clone())
+            (mounted.image.clone(), mounted.file_mode(), mounted.specs.clone())
         };
+        let mut wanted = Vec::new();
+        for spec in specs {
+            let ready = self.journal.recorded(file_mode, spec.id).await;
+            if !ready.is_some_and(|ready| spec.is_complete(&ready)) {
+                wanted.push(spec);
+            }
+        }
         let sources = self.sources(&image);
-        let mut missing = stream::iter(specs)
+        let mut missing = stream::iter(wanted)
             .map(|spec| {
                 let sources = sources.clone();
                 let blob = BlobRef { digest: Digest::from_bytes(*spec.id.bytes()), size: spec.stored_bytes };

@@ -124,7 +124,7 @@ impl<F> Tracked<F> {
 }
 
 /// What the journal tells the rest of the daemon.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Notice {
     /// These chunks of the blob file are durable and recorded.
     Durable(BlobId, Vec<u32>),
@@ -134,6 +134,9 @@ pub enum Notice {
     Lost(Mode, BlobId, ReadyBits),
     /// Something a person should know.
     Fault(Option<BlobId>, String),
+    /// Nothing more comes of a file. To be dropped once everything before it is dealt with: whoever let go of the file
+    /// waits for that, and may then have another one made.
+    Over(oneshot::Sender<()>),
 }
 
 enum Message {
@@ -189,7 +192,7 @@ impl Journal {
         self.ask(|reply| Message::Track(mode, Box::new(file), reply)).await;
     }
 
-    /// Records what is pending and lets go of the file.
+    /// Records what is pending and lets go of the file. Every notice of what it holds has been dealt with then.
     pub async fn untrack(&self, mode: Mode, blob: BlobId) {
         self.ask(|reply| Message::Untrack(mode, blob, reply)).await;
     }
@@ -292,7 +295,7 @@ impl Worker {
                 Ok(Message::Untrack(mode, blob, reply)) => {
                     let _ = self.commit(mode, blob);
                     self.files.remove(&(mode, blob));
-                    let _ = reply.send(());
+                    let _ = self.notices.send(Notice::Over(reply));
                 }
                 Ok(Message::Recorded(mode, blob, reply)) => {
                     let _ = reply.send(self.files.get(&(mode, blob)).map(|file| file.recorded.clone()));
