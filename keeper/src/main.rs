@@ -24,7 +24,7 @@ Holds the fanotify group and /dev/cachefiles for the life of the mounts and rela
   --ledger-version     print which version of what a keeper holds this one can take over
 
 A second process stands by and goes on when the first one dies. SIGHUP to the one that serves is what --reload sends.
-SIGTERM: end, if nothing is held.
+SIGTERM: end, if nothing is held; else as soon as no other process is left, at the end of a shutdown.
 ";
 
 fn main() -> ExitCode {

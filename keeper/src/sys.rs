@@ -29,8 +29,7 @@ pub(crate) fn peer_credentials(socket: BorrowedFd<'_>) -> io::Result<(i32, u32)>
     Ok((peer.pid, peer.uid))
 }
 
-/// Blocks the given signals in this thread (the only one) and returns a non-blocking descriptor they arrive at.
-pub(crate) fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
+fn signal_set(signals: &[libc::c_int]) -> io::Result<libc::sigset_t> {
     let mut set = MaybeUninit::uninit();
     // SAFETY: `sigemptyset` initialises the set it is given.
     check(unsafe { libc::sigemptyset(set.as_mut_ptr()) })?;
@@ -40,8 +39,19 @@ pub(crate) fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
         // SAFETY: the set is initialised and ours.
         check(unsafe { libc::sigaddset(&raw mut set, signal) })?;
     }
+    Ok(set)
+}
+
+/// Blocks the given signals in this thread (the only one).
+pub(crate) fn block_signals(signals: &[libc::c_int]) -> io::Result<()> {
+    let set = signal_set(signals)?;
     // SAFETY: the set is initialised; a NULL old set is allowed.
-    check(unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) })?;
+    check(unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) }).map(drop)
+}
+
+/// A non-blocking descriptor at which the given signals arrive while they are blocked.
+pub(crate) fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
+    let set = signal_set(signals)?;
     // SAFETY: the set is initialised; -1 asks for a new descriptor.
     let fd = check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) })?;
     // SAFETY: the kernel has just made this descriptor for us.

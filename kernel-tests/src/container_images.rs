@@ -95,9 +95,14 @@ fn pause_image(scratch: &Path) -> Result<PathBuf> {
     layer.file(b"bin/busybox", &Meta::new(0o755), &fs::read("/bin/busybox")?)?;
     let directory = scratch.join("pause");
     Layout::create(&directory)?.image("1", &[(&layer.finish()?, Compression::Gzip)])?;
-    let command = ["--config.cmd", "/bin/busybox", "--config.cmd", "sleep", "--config.cmd", "1000000"];
     let image = format!("{}:1", directory.display());
-    run(Command::new("umoci").args(["config", "--image", &image]).args(command))?;
+    let mut config = Command::new("umoci");
+    config.args(["config", "--image", &image]);
+    // It ends when it is told to, as the usual one does.
+    for word in ["/bin/busybox", "sh", "-c", "trap exit TERM; /bin/busybox sleep 1000000 & wait"] {
+        config.args(["--config.cmd", word]);
+    }
+    run(&mut config)?;
     Ok(directory)
 }
 

@@ -47,10 +47,12 @@ fn lives_on(kernel: &str, mode: &'static str, test: &str) {
     spec.ports.push(images.registry.port());
     spec.disks.push(GuestDisk { read_only: true, ..GuestDisk::new("packages", &packages, "/media") });
     let system = System { machine: spec.boot().unwrap(), images, mode };
-    if let Err(error) = system.play() {
+    let container = system.play().and_then(|()| system.play_again());
+    if let Err(error) = container {
         let said = system.sh("journalctl --no-pager -n 150; dmesg | tail -n 30").unwrap_or_default();
         panic!("{kernel}: {error:#}\n{said}");
     }
+    system.power_off().unwrap();
 }
 
 /// A disk with two revisions of the package.
@@ -114,6 +116,8 @@ impl System {
     fn kill_all_keepers(&self, container: &Container) -> Result<()> {
         step("kill all of the keeper");
         let daemon = self.pid("skimmerd")?;
+        // The main process only waits by now. Its clean end would make systemd let go of everything.
+        self.sh("systemctl kill skimmer-keeper")?;
         self.sh(&format!("kill -STOP {daemon}"))?;
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| self.check(container, 8));
@@ -151,13 +155,7 @@ impl System {
         self.sh(
             "skimmer containerd config --patch /etc/containerd/config.toml && systemctl restart containerd",
         )?;
-        let said = self.cri(&["run", &self.images.lazy, "--", "sleep", "1000000"])?;
-        let (pod, id) = said.trim_end().split_once(' ').context("two ids")?;
-        let container = Container { pod: pod.to_owned(), id: id.to_owned() };
-        let mut exec = vec!["exec", &container.id, "--"];
-        exec.extend(PERL.run);
-        let said = self.cri(&exec)?;
-        ensure!(said.contains(PERL.expect), "{said}");
+        let container = self.container(&["sleep", "1000000"])?;
         self.check(&container, 0)?;
 
         step("reload");
@@ -220,6 +218,36 @@ impl System {
 
         step("purge");
         self.sh("dpkg -P skimmer; ! ls -d /etc/skimmer /var/lib/skimmer /run/skimmer")?;
+        Ok(())
+    }
+
+    /// Runs a container.
+    fn container(&self, command: &[&str]) -> Result<Container> {
+        let said = self.cri(&[&["run", &self.images.lazy, "--"], command].concat())?;
+        let (pod, id) = said.trim_end().split_once(' ').context("two ids")?;
+        let container = Container { pod: pod.to_owned(), id: id.to_owned() };
+        let mut exec = vec!["exec", &container.id, "--"];
+        exec.extend(PERL.run);
+        let said = self.cri(&exec)?;
+        ensure!(said.contains(PERL.expect), "{said}");
+        Ok(container)
+    }
+
+    /// After a purge.
+    fn play_again(&self) -> Result<()> {
+        step("install again");
+        // containerd waits longer and longer before it looks for a snapshotter that was gone.
+        self.sh("dpkg -i /media/skimmer_*-1_*.deb && systemctl restart containerd")?;
+        // As a first process that does not say so it would not end when it is told to.
+        self.container(&["sh", "-c", "trap exit TERM; sleep 1000000 & wait"]).map(drop)
+    }
+
+    /// Under a container: the keeper serves to the last, and nobody waits for it.
+    fn power_off(self) -> Result<()> {
+        step("power off");
+        let console = self.machine.power_off(PATIENCE)?;
+        // systemd tells whom it waits for, after a while.
+        ensure!(!console.contains("skimmer"), "{console}");
         Ok(())
     }
 

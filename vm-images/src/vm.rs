@@ -270,18 +270,18 @@ impl Vm {
         self.channel.ask(request, BRIEF).with_context(|| self.story("forward")).map(drop)
     }
 
-    /// Switches the guest off in good order and waits for its end.
+    /// Switches the guest off in good order and waits for its end; gives the last lines of its console.
     ///
     /// # Errors
     /// It does not go off within `timeout`.
-    pub fn power_off(mut self, timeout: Duration) -> Result<()> {
+    pub fn power_off(mut self, timeout: Duration) -> Result<String> {
         self.channel.send(Request::PowerOff)?;
         let ended = self.qemu.wait(timeout);
         let status = ended.with_context(|| self.story("power off"))?;
         if !status.success() {
             bail!("{}", self.story(&format!("QEMU ended with {status}")));
         }
-        Ok(())
+        Ok(self.console())
     }
 
     /// Cuts the power: what the guest had not written to its disks is lost.

@@ -121,6 +121,7 @@ impl Files {
                     record.writer
                 );
                 files.free_slots.push(slot);
+                kept::forget(record.writer);
                 ledger.clear_file(slot);
                 continue;
             };
@@ -166,11 +167,6 @@ impl Files {
         self.by_id.get(&file)
     }
 
-    /// The descriptors of all files.
-    pub(crate) fn writers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.by_id.values().map(|watched| watched.writer.as_fd())
-    }
-
     /// Names of the files that a daemon has to know.
     pub(crate) fn names(&self) -> Vec<FileId> {
         let marked = self.by_id.iter().filter(|(_, watched)| !watched.draining);
@@ -200,7 +196,20 @@ impl Files {
         if self.by_id.len() >= self.max {
             return Err(Sys::MFILE.into());
         }
-        group.mark(&writer).map_err(|error| Errno::new(error.raw_os_error()).unwrap_or(Errno::IO))?;
+        let slot = self.free_slots.pop().unwrap_or_else(|| {
+            self.next_slot += 1;
+            self.ledger.update(|header| header.files = u32::try_from(self.next_slot).unwrap_or(u32::MAX));
+            self.next_slot - 1
+        });
+        // What was filled in the slot's last file is not in this one.
+        let cleared = self.ledger.clear_map(slot).map_err(Errno::from);
+        let marked = cleared.and_then(|()| {
+            group.mark(&writer).map_err(|error| Errno::new(error.raw_os_error()).unwrap_or(Errno::IO))
+        });
+        if let Err(errno) = marked {
+            self.free_slots.push(slot);
+            return Err(errno);
+        }
         // What was said of this inode's last life is no longer true.
         for (index, entry) in self.complete.iter_mut().enumerate() {
             if entry.take_if(|known| *known == inode).is_some() {
@@ -208,11 +217,6 @@ impl Files {
             }
         }
         let present = Present::new(u64::try_from(stat.st_size).unwrap_or(0), self.mapped());
-        let slot = self.free_slots.pop().unwrap_or_else(|| {
-            self.next_slot += 1;
-            self.ledger.update(|header| header.files = u32::try_from(self.next_slot).unwrap_or(u32::MAX));
-            self.next_slot - 1
-        });
         let watched = Watched { label, writer, inode, present, pending: 0, draining: false, slot };
         // Behind the mark: without it nobody may take the file for watched.
         self.ledger.set_file(slot, &watched.record(file));
@@ -321,8 +325,8 @@ impl Files {
         if let Some(watched) = self.by_id.remove(&file) {
             self.by_inode.remove(&watched.inode);
             // Before its descriptor closes, whose number would come to mean another file.
+            kept::forget(watched.writer.as_raw_fd());
             self.ledger.clear_file(watched.slot);
-            kept::forget(watched.writer.as_fd());
             self.free_slots.push(watched.slot);
         }
     }

@@ -9,7 +9,7 @@ use super::ledger::{Ledger, NONE};
 use super::log::log;
 use crate::sys;
 use sd_notify::NotifyState;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 
@@ -45,40 +45,52 @@ impl Kept {
     /// It is no ledger of ours, or there is no room.
     pub(super) fn put_back(self) -> io::Result<Ledger> {
         let other = || io::Error::other("the service manager kept a memory file of another version");
-        let ledger = Ledger::inherited(self.ledger)?.ok_or_else(other)?;
+        let Self { ledger, mut numbered } = self;
+        let ledger = Ledger::inherited(ledger)?.ok_or_else(other)?;
+        let header = ledger.header();
         let mut events = Vec::new();
-        for slot in 0..usize::from(ledger.header().slots) {
+        for slot in 0..usize::from(header.slots) {
             events.extend(ledger.event(slot)?);
         }
         let mut writers = HashMap::new();
-        for slot in 0..usize::try_from(ledger.header().files).unwrap_or(0) {
+        for slot in 0..usize::try_from(header.files).unwrap_or(0) {
             writers.extend(ledger.file(slot)?.map(|file| (file.file, file.writer)));
         }
+        let mut meant: HashSet<RawFd> = writers.values().copied().collect();
+        meant.extend([header.group, header.device]);
+        numbered.retain(|(number, _)| {
+            // Else it was let go, and the last keeper died before it said so.
+            meant.contains(number) || {
+                forget(*number);
+                false
+            }
+        });
         // First everything out of the way.
-        let taken = self.numbered.iter().flat_map(|(number, fd)| [*number, fd.as_raw_fd()]);
+        let taken = numbered.iter().flat_map(|(number, fd)| [*number, fd.as_raw_fd()]);
         let taken = taken.chain(events.iter().map(|event| event.fd)).chain([ledger.raw()]);
         let above = taken.max().unwrap_or(NONE).saturating_add(1);
         let moved = |fd: &dyn AsFd| rustix::io::fcntl_dupfd_cloexec(fd, above);
         let ledger_fd = moved(&ledger)?;
-        let high: Vec<(RawFd, OwnedFd)> = self
-            .numbered
-            .into_iter()
-            .map(|(number, fd)| Ok((number, moved(&fd)?)))
-            .collect::<io::Result<_>>()?;
+        let high: Vec<(RawFd, OwnedFd)> =
+            numbered.into_iter().map(|(number, fd)| Ok((number, moved(&fd)?))).collect::<io::Result<_>>()?;
         drop(ledger);
         let ledger = Ledger::inherited(ledger_fd)?.ok_or_else(other)?;
+        // What cannot be put back is not watched any more, or denied: the rest goes on all the same.
+        let say = |number: RawFd, error: io::Error| log!("descriptor {number} is not put back: {error}");
         for (number, fd) in &high {
-            leave_at(fd.as_fd(), *number)?;
+            leave_at(fd.as_fd(), *number).unwrap_or_else(|error| say(*number, error));
         }
         for event in events {
             // Any descriptor of the file, which nobody reads from.
             let Some(writer) = writers.get(&event.file) else { continue };
-            let file = std::fs::File::open(format!("/proc/self/fd/{writer}"))?;
-            if file.as_raw_fd() == event.fd {
-                let _ = file.into_raw_fd();
-            } else {
-                leave_at(file.as_fd(), event.fd)?;
-            }
+            let put = std::fs::File::open(format!("/proc/self/fd/{writer}")).and_then(|file| {
+                if file.as_raw_fd() == event.fd {
+                    let _ = file.into_raw_fd();
+                    return Ok(());
+                }
+                leave_at(file.as_fd(), event.fd)
+            });
+            put.unwrap_or_else(|error| say(event.fd, error));
         }
         // Those of processes that are dead.
         ledger.update(|header| {
@@ -117,9 +129,9 @@ pub(super) fn keep(fd: BorrowedFd<'_>) {
 }
 
 /// Has it let go of a descriptor that is about to be closed.
-pub(super) fn forget(fd: BorrowedFd<'_>) {
+pub(super) fn forget(number: RawFd) {
     if is_there() {
-        let name = format!("{NUMBER}{}", fd.as_raw_fd());
+        let name = format!("{NUMBER}{number}");
         tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)], &[]);
     }
 }

@@ -293,16 +293,21 @@ impl Ledger {
         self.write("a watched file", place(FILES_AT, slot, FILE_LEN), &bytes);
     }
 
-    /// The file is not watched any more; nor is anything filled in the slot's next one.
+    /// The file is not watched any more.
     pub(crate) fn clear_file(&self, slot: usize) {
-        self.write("a file that is let go", place(FILES_AT, slot, FILE_LEN), &[0; FILE_LEN]);
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let map = MAPS_AT + place(0, slot, 1) * MAP_STRIDE;
-        if let Err(errno) = rustix::fs::fallocate(&self.fd, hole, map, MAP_STRIDE)
+        if let Err(errno) = self.clear_map(slot)
             && self.failures.borrow_mut().pass()
         {
             log!("the map of a file stays: {errno}");
         }
+        self.write("a file that is let go", place(FILES_AT, slot, FILE_LEN), &[0; FILE_LEN]);
+    }
+
+    /// Nothing is filled in the slot's file.
+    pub(crate) fn clear_map(&self, slot: usize) -> Result<(), Sys> {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let map = MAPS_AT + place(0, slot, 1) * MAP_STRIDE;
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, hole, map, MAP_STRIDE))
     }
 
     pub(crate) fn file(&self, slot: usize) -> Result<Option<FileRecord>, Sys> {

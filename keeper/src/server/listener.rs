@@ -2,7 +2,6 @@
 
 use super::log::log;
 use super::{StartError, kept};
-use crate::sys;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -35,12 +34,6 @@ impl Listener {
         let mut locked = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
         if wait && locked == Err(Errno::WOULDBLOCK) {
             log!("another keeper runs; waiting for its end");
-            // It is meant for that one.
-            sys::ignore_signal(libc::SIGHUP).map_err(|source| StartError::Socket {
-                path: path.into(),
-                what: "waiting",
-                source,
-            })?;
             locked = rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, FlockOperation::LockExclusive));
             if locked.is_ok() && kept::is_there() {
                 // What was handed over when this process was started is older than what that one had.

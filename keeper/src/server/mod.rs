@@ -26,6 +26,7 @@ use listener::Listener;
 pub use listener::owner;
 use log::{Limit, log};
 use peer::{Outgoing, Peer, Process};
+use process::Last;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno as Sys;
 use skimmer_fanotify::{
@@ -73,6 +74,8 @@ pub struct Server {
     successor: Option<(Peer, Instant)>,
     denials: Limit,
     group_errors: Limit,
+    /// It was told to end, but holds something: it does so when nobody else is left.
+    last: Option<Last>,
     stop: bool,
 }
 
@@ -106,7 +109,14 @@ impl Server {
         if let Some(ledger) = config.resume {
             return Self::resume(config, ledger).map_err(StartError::Resume);
         }
-        if let Some(kept) = Kept::take() {
+        if kept::is_there() {
+            // First of all: the end by a signal of a process that only waits would be a clean one, after which the
+            // service manager lets go of everything.
+            process::block_signals().map_err(StartError::Signals)?;
+        }
+        let kept = Kept::take();
+        let is_kept = kept.is_some();
+        if let Some(kept) = kept {
             match owner(&config.socket) {
                 Ok(None) => return Self::resume_kept(config, kept),
                 // It goes on with all of that.
@@ -115,6 +125,10 @@ impl Server {
             }
         }
         let listener = Listener::new(&config.socket, config.wait)?;
+        if is_kept {
+            // That one has just ended.
+            return Err(StartError::Again);
+        }
         let open_files = process::raise_open_files();
         let usable = open_files.saturating_sub(RESERVED_FDS);
         // An event without a descriptor to open would be denied by the kernel, so both tables together fit the limit.
@@ -156,11 +170,12 @@ impl Server {
             successor: None,
             denials: Limit::default(),
             group_errors: Limit::default(),
+            last: None,
             stop: false,
         })
     }
 
-    /// Serves until it is told to stop while nothing is held. A panic on the way is logged and survived: ending would
+    /// Serves until it is told to stop while nothing is held, or nobody else is left. A panic on the way is logged and survived: ending would
     /// let every waiting read through unfilled.
     pub fn run(mut self) {
         while !self.stop {
@@ -170,7 +185,7 @@ impl Server {
             }
         }
         self.dismiss_standby();
-        log!("stopping, nothing is held");
+        log!("stopping");
     }
 
     fn serve(&mut self) {
@@ -217,7 +232,9 @@ impl Server {
         let timeout = successor.map(|(_, until)| until.saturating_duration_since(Instant::now()));
         let retry = (self.program.is_some() && !matches!(self.standby, Standby::Ours { .. }))
             .then_some(STANDBY_RETRY);
-        let timeout = [timeout, retry].into_iter().flatten().min();
+        // A daemon that is served is somebody.
+        let last = (self.last.is_some() && self.peer.is_none()).then_some(Last::RETRY);
+        let timeout = [timeout, retry, last].into_iter().flatten().min();
         let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
         rustix::event::poll(&mut fds, timeout.as_ref())?;
         // The standby only wakes us: it is looked after before each sleep.
@@ -257,6 +274,13 @@ impl Server {
         }
         if ready.signals {
             self.signalled();
+        }
+        if self.peer.is_none()
+            && let Some(last) = &mut self.last
+            && last.is_sure()
+        {
+            log!("nobody is left who could read; {}", self.held());
+            self.stop = true;
         }
     }
 
@@ -340,7 +364,7 @@ impl Server {
                 // Before it is closed: its number could come to mean another descriptor.
                 self.ledger.update(|header| header.device = NONE);
                 if let Some(device) = self.device.take() {
-                    kept::forget(device.as_fd());
+                    kept::forget(device.as_raw_fd());
                     log!("closed {}", self.device_path.display());
                 }
                 Ok(())
@@ -446,7 +470,11 @@ impl Server {
                 continue;
             }
             if self.holds_anything() {
-                log!("signal {signal} ignored: {}; ending now would give readers zeros", self.held());
+                log!(
+                    "signal {signal}: ending now would give readers zeros, so this ends when no other process is left; {}",
+                    self.held()
+                );
+                self.last.get_or_insert_default();
             } else {
                 self.stop = true;
             }

@@ -21,9 +21,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// The process of that number, which must be known to be the right one: a child of ours.
+    /// The process of that number, which must be known to be the right one: a child of ours, or of the one whose
+    /// child we are.
     pub(crate) fn open(pid: i32) -> io::Result<Self> {
-        let process = Pid::from_raw(pid).ok_or_else(|| io::Error::other("no process id"))?;
+        let process = (pid > 0).then(|| Pid::from_raw(pid)).flatten();
+        let process = process.ok_or_else(|| io::Error::other("no process id"))?;
         Ok(Self { pid, fd: rustix::process::pidfd_open(process, PidfdFlags::empty())? })
     }
 

@@ -4,7 +4,7 @@
 use super::events::{EventTable, slot_of};
 use super::files::{Files, Inode, Verdict};
 use super::kept::{self, Kept};
-use super::ledger::Ledger;
+use super::ledger::{Ledger, NONE};
 use super::listener::Listener;
 use super::log::{Limit, log};
 use super::peer::Process;
@@ -84,10 +84,18 @@ impl Server {
         let ledger = Rc::new(ledger);
         let group = match adoption.take(header.group) {
             Some(group) => Ok(Group::inherited(group)),
-            None => Group::new(EventAccess::ReadOnly),
+            None => Group::new(EventAccess::ReadOnly).inspect(|group| {
+                kept::keep(group.as_fd());
+                // Its number may be one that the ledger has for something that is not there.
+                adoption.0.insert(group.as_fd().as_raw_fd());
+            }),
         };
         let standby = adoption.take(header.standby_fd).map(|fd| Process::inherited(header.standby, fd));
         let device = adoption.take(header.device);
+        ledger.update(|header| {
+            header.group = group.as_ref().map_or(NONE, |group| group.as_fd().as_raw_fd());
+            header.device = device.as_ref().map_or(NONE, AsRawFd::as_raw_fd);
+        });
         let fence = adoption.take(header.daemon_fd).map(|fd| Process::inherited(header.daemon, fd));
         let usable = process::raise_open_files().saturating_sub(RESERVED_FDS);
         let max_files = usize::try_from(usable.saturating_sub(header.slots.into())).unwrap_or(usize::MAX);
@@ -113,6 +121,7 @@ impl Server {
             successor: None,
             denials: Limit::default(),
             group_errors: Limit::default(),
+            last: None,
             stop: false,
         };
         server.resume_events(adoption)?;
@@ -120,10 +129,6 @@ impl Server {
     }
 
     fn go_on(&mut self) {
-        // Again, for the program before this one may not have known how.
-        kept::keep_ledger(&self.ledger);
-        let fds = [self.group.as_ref().ok().map(AsFd::as_fd), self.device.as_ref().map(AsFd::as_fd)];
-        fds.into_iter().flatten().chain(self.files.writers()).for_each(kept::keep);
         self.answer_drained();
         self.files.forget_all_drained();
         log!("took over; {}", self.held());
@@ -163,6 +168,9 @@ impl Server {
                 // Which of its bytes are asked for is lost: all are assumed.
                 let token: PreAccess = group.left(fd, None);
                 admit(&mut self.files, &mut self.events, &self.ledger, &mut self.denials, token);
+            } else {
+                // Something that was about to be closed.
+                kept::forget(number);
             }
         }
     }

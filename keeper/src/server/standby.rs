@@ -10,11 +10,11 @@ use super::log::log;
 use super::peer::Process;
 use super::{Server, process};
 use crate::sys;
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
 use std::ffi::{CString, OsString};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ impl Server {
         }
     }
 
-    /// Nothing is held any more: nobody has to take over.
+    /// Nothing is held any more, or nobody is left to read it: nobody has to take over.
     pub(super) fn dismiss_standby(&mut self) {
         if let Some(standby) = std::mem::replace(&mut self.standby, Standby::Nobody).process() {
             standby.end();
@@ -154,14 +154,25 @@ fn is_named(ledger: &Ledger) -> bool {
     // Without a ledger that can be read there is nobody else either.
     let Ok(header) = ledger.reload() else { return true };
     let own = rustix::process::getpid().as_raw_nonzero().get();
-    let is_dead = |fd: BorrowedFd<'_>| {
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        Some(
-            rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&now))
-                .is_ok_and(|n| n > 0),
-        )
-    };
-    header.standby == own || sys::borrowed(header.standby_fd, is_dead).unwrap_or(true)
+    // By its process id: the descriptor's number means nothing here when the server has executed a program since.
+    if header.standby == own {
+        return true;
+    }
+    loop {
+        match Process::open(header.standby) {
+            Ok(named) => return named.is_dead(),
+            Err(error) if is_nobody(&error) => return true,
+            // Two that take over would be in each other's way.
+            Err(error) => log!("whether process {} lives: {error}; asking again", header.standby),
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+/// Whether the kernel said that there is no process of that number.
+fn is_nobody(error: &io::Error) -> bool {
+    // Without a number nobody is named. EINVAL: it is a thread's by now.
+    error.raw_os_error().is_none_or(|raw| matches!(raw, libc::ESRCH | libc::EINVAL))
 }
 
 /// Executes `file` with our arguments and every descriptor; returns when that fails. `named` is where the program was

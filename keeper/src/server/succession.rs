@@ -65,6 +65,8 @@ impl Server {
 
     /// Starts to serve a daemon: it learns what is held and is sent every access that waits.
     pub(super) fn welcome(&mut self, mut peer: Peer) {
+        // Where daemons are started nothing ends yet.
+        self.last = None;
         let mut names = self.files.names();
         let files = u64::try_from(names.len()).unwrap_or(u64::MAX);
         let pid = rustix::process::getpid().as_raw_nonzero().get();

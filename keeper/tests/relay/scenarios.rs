@@ -481,6 +481,8 @@ fn killed_keepers_cost_no_byte(bench: &Bench) {
         // Which of them is the server changes with every kill.
         let victim = members[usize::try_from(kill).unwrap() % members.len()];
         let _ = rustix::process::kill_process(victim, Signal::KILL);
+        // Else the next kill may find a pair of which one is dying.
+        keeper.wait_without(victim);
         false
     });
 }

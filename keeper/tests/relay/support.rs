@@ -187,6 +187,15 @@ impl KeeperProcess {
         }
     }
 
+    /// Waits until that one is no member any more.
+    pub(crate) fn wait_without(&self, member: rustix::process::Pid) {
+        let until = Instant::now() + PATIENCE;
+        while self.members().contains(&member) {
+            assert!(Instant::now() < until, "a killed process does not end");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Waits until none of them is left.
     pub(crate) fn wait_for_all(&mut self) {
         let until = Instant::now() + PATIENCE;

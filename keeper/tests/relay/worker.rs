@@ -6,7 +6,7 @@
 //! `worker SOCKET serve FILE`: the same, and fills and answers; connects again when it loses its keeper.
 
 use crate::support::{Client, fill};
-use skimmer_keeper::client::{Command, Keeper, Notice};
+use skimmer_keeper::client::{Command, Keeper, KeeperError, Notice};
 use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
@@ -48,7 +48,14 @@ pub(crate) fn main(args: &[String]) {
             Ok(Notice::Stale { .. }) => continue,
             Ok(other) => panic!("{other:?} instead of an event"),
             Err(_) if mode == "serve" => {
-                client = Client(Keeper::connect(socket).unwrap().0);
+                client = loop {
+                    match Keeper::connect(socket) {
+                        Ok((keeper, _)) => break Client(keeper),
+                        // Killed once more before it could say anything.
+                        Err(KeeperError::Closed) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                };
                 continue;
             }
             Err(error) => panic!("{error}"),

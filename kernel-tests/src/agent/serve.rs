@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::io::{BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use skimmer_vm_images::protocol::{self, Bytes, Frame, Reply, Request};
 
 use super::forward::forward;
@@ -50,6 +51,11 @@ fn answer(jobs: &Jobs, id: u64, request: Request) -> Result<Reply> {
         Request::Put { path, mode, content } => put(&path, mode, &content.0).map(|()| Reply::Done),
         Request::Get { path, limit } => get(&path, limit).map(|content| Reply::Content(Bytes(content))),
         Request::Forward { port, to } => forward(port, to).map(|_| Reply::Done),
+        Request::PowerOff if Path::new("/run/systemd/system").exists() => {
+            let status = Command::new("systemctl").args(["--no-block", "poweroff"]).status()?;
+            ensure!(status.success(), "systemctl poweroff: {status}");
+            Ok(Reply::Done)
+        }
         Request::PowerOff => {
             rustix::fs::sync();
             rustix::system::reboot(rustix::system::RebootCommand::PowerOff)?;
