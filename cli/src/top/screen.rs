@@ -69,10 +69,8 @@ pub(crate) fn draw(frame: &mut Frame<'_>, screen: &Screen, sample: &Sample, rate
         "bytes",
         vec![
             ("asked", format!("{}/s", bytes(whole(rates.asked)))),
-            (
-                "fetched",
-                format!("{}/s in {:.1} requests", bytes(whole(rates.fetched)), rates.source_requests),
-            ),
+            ("fetched", format!("{}/s", bytes(whole(rates.fetched)))),
+            ("requests", format!("{:.1}/s", rates.source_requests)),
             ("written", format!("{}/s", bytes(whole(rates.written)))),
             ("amplification", amplification),
         ],
@@ -126,13 +124,17 @@ fn title(frame: &mut Frame<'_>, area: Rect, sample: &Sample) {
         Span::raw(format!(" up {}:{:02}:{:02}  ", minutes / 60, minutes % 60, status.uptime_s % 60)),
     ];
     for mode in &status.modes {
-        let color = if mode.usable { Color::Green } else { Color::DarkGray };
-        spans.push(Span::styled(format!("{} ", mode.mode.name()), Style::new().fg(color)));
+        let style = match mode.usable {
+            true => Style::new().fg(Color::Green),
+            false => Style::new().fg(Color::DarkGray).add_modifier(Modifier::CROSSED_OUT),
+        };
+        spans.extend([Span::styled(mode.mode.name(), style), Span::raw(" ")]);
     }
     if !status.keeper.connected {
         spans.push(Span::styled("no keeper ", Style::new().fg(Color::Red)));
     }
-    spans.push(Span::raw(format!("  {} mounts", status.mounts.len())));
+    let mounts = status.mounts.len();
+    spans.push(Span::raw(format!("  {mounts} mount{}", if mounts == 1 { "" } else { "s" })));
     frame.render_widget(Line::from(spans), area);
 }
 
