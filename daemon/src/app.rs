@@ -12,7 +12,6 @@ use skimmer_keeper::client::{
     Command as KeeperCommand, Keeper, KeeperError, Notice as KeeperNotice, Welcome,
 };
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::containerd;
@@ -25,6 +24,7 @@ use crate::mounts::{KeeperState, Mounts, Parts};
 use crate::node_metrics::NodeMetrics;
 use crate::pulls::Pulls;
 use crate::service::{self, Sockets};
+use crate::signals::{Asked, Heard, Signals};
 use crate::store::Store;
 use crate::store::journal::{Journal, Notice};
 use crate::store::records::Secrets;
@@ -43,7 +43,12 @@ const FOLLOW_END: Duration = Duration::from_secs(3);
 ///
 /// # Errors
 /// What kept it from starting, or from ending well.
-pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::Result<Stop> {
+pub async fn run(
+    config: Config,
+    mut sockets: Sockets,
+    signals: &Signals,
+    check: Check,
+) -> anyhow::Result<Stop> {
     let store = Store::open(&config.root)?;
     // Before anything is taken over: what cannot be understood must not be overwritten.
     let record = store.load_mounts()?;
@@ -128,7 +133,7 @@ pub async fn run(config: Config, mut sockets: Sockets, check: Check) -> anyhow::
     let following = following.map(|following| tokio::spawn(following.run(Arc::downgrade(&mounts))));
     let budget = tokio::spawn(Arc::clone(&mounts).keep_budget(move || metrics.written()));
     let sweeping = tokio::spawn(Arc::clone(&mounts).sweep_forever());
-    let signals = tokio::spawn(stop_on_signal(stop.clone(), check));
+    let signals = tokio::spawn(stop_on_signal(signals.listen()?, stop.clone(), check));
     let mut snapshotter = None;
     let containerd = match for_containerd {
         None => None,
@@ -250,16 +255,8 @@ fn watch_thread(
     })
 }
 
-async fn stop_on_signal(stop: watch::Sender<Option<Stop>>, check: Check) {
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
-    let Ok(mut interrupt) = signal(SignalKind::interrupt()) else { return };
-    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = hangup.recv() => {}
-        }
+async fn stop_on_signal(mut heard: Heard, stop: watch::Sender<Option<Stop>>, check: Check) {
+    while heard.next().await == Asked::Again {
         match tokio::task::spawn_blocking(check).await {
             Ok(Ok(())) => {
                 stop.send_replace(Some(Stop::Again));

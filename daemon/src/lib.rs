@@ -18,4 +18,5 @@ pub mod pulls;
 mod requests;
 pub mod ring;
 pub mod service;
+pub mod signals;
 pub mod store;

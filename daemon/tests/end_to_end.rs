@@ -102,6 +102,29 @@ async fn a_reload_changes_the_configuration_and_nothing_else() {
     panic!("the signal does nothing:\n{}", world.log());
 }
 
+/// Whenever it comes: before, while and after one program takes the place of the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_is_heard_in_the_middle_of_a_reload() {
+    let Some(mut world) = World::start() else { return };
+    for step in 0..24 {
+        drop(world.start_daemon().await);
+        let mut daemon = world.daemon.take().unwrap();
+        let pid = rustix::process::Pid::from_child(&daemon);
+        rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+        tokio::time::sleep(Duration::from_millis(step * 8)).await;
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let mut left = 1500;
+        while daemon.try_wait().unwrap().is_none() {
+            left -= 1;
+            if left == 0 {
+                world.daemon = Some(daemon);
+                panic!("the end, {} ms after the reload, is not heard:\n{}", step * 8, world.log());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
 /// Images of several times the cache's budget are read in turn.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_keeps_its_budget() {

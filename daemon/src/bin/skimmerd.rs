@@ -12,6 +12,7 @@ use skimmer_client::{Client, ClientError};
 use skimmer_config::{Config, LogFormat};
 use skimmer_daemon::control::Stop;
 use skimmer_daemon::service::Inherited;
+use skimmer_daemon::signals::Signals;
 use tracing_subscriber::EnvFilter;
 
 /// How long a daemon that starts anew may take to answer.
@@ -144,6 +145,7 @@ fn run(arguments: &Arguments, inherited: &Inherited) -> Result<Stop, Box<dyn std
     if arguments.reload {
         return runtime.block_on(reload(&config)).and(done);
     }
+    let signals = Signals::catch()?;
     if arguments.detach {
         // Fails only for a process group's leader, which a child of ours never is.
         let _ = rustix::process::setsid();
@@ -155,10 +157,16 @@ fn run(arguments: &Arguments, inherited: &Inherited) -> Result<Stop, Box<dyn std
     }
     raise_file_limit();
     skimmer_fetcher::http::install_tls_provider();
-    let result = runtime.block_on(skimmer_daemon::app::run(config, inherited.sockets()?, check));
+    let result = runtime.block_on(skimmer_daemon::app::run(config, inherited.sockets()?, &signals, check));
     // A thread in a system call on a mount that nobody serves any more must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    result.map_err(|error| format!("{error:#}").into())
+    match result {
+        Ok(Stop::Again) if !signals.let_replace() => {
+            tracing::info!("asked to end; nothing is started anew");
+            done
+        }
+        other => other.map_err(|error| format!("{error:#}").into()),
+    }
 }
 
 /// Every blob takes a few descriptors, every object of fscache one: takes what the system grants.
