@@ -98,6 +98,9 @@ pub struct MountRequest {
     /// W3C trace context of what asks for the mount (`00-…-…-01`): traces of its misses go on in that trace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+    /// The chain id that the image's layers must have (`sha256:…`), for who knows the mount by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain_id: Option<String>,
 }
 
 impl MountRequest {
@@ -112,6 +115,7 @@ impl MountRequest {
             ca: None,
             record: None,
             traceparent: None,
+            chain_id: None,
         }
     }
 }
@@ -277,13 +281,16 @@ pub struct ScrubReport {
     pub blobs: u64,
     /// Of those, looked at.
     pub blobs_done: u64,
+    /// Bootstraps read.
+    #[serde(default)]
+    pub bootstraps: u64,
     /// Chunks read.
     pub chunks: u64,
-    /// Their bytes, uncompressed.
+    /// The bytes of both, uncompressed.
     pub bytes: u64,
-    /// Chunks that were not what was verified when they were written.
+    /// Chunks and bootstraps that were not what was verified when they were written.
     pub bad: u64,
-    /// Of those, written anew, or dropped with a blob that nothing mounted needs.
+    /// Of those, written anew, or dropped because nothing mounted needs them.
     pub repaired: u64,
     /// Things that could not be read or repaired.
     pub failed: u64,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use skimmer_client::AttachMode;
 use skimmer_fetcher::http::Version;
+use skimmer_fetcher::signature::{self, Keys};
 use tracing_subscriber::EnvFilter;
 
 /// The file read when none is named and it exists.
@@ -43,6 +44,8 @@ pub struct Config {
     pub mount: Mount,
     /// How registries are reached.
     pub registry: Registry,
+    /// Whose signatures images must have.
+    pub signatures: Signatures,
     /// The node's Dragonfly daemon.
     pub dragonfly: Dragonfly,
     /// The fscache attach mode.
@@ -71,6 +74,7 @@ impl Default for Config {
             fill: Fill::default(),
             mount: Mount::default(),
             registry: Registry::default(),
+            signatures: Signatures::default(),
             dragonfly: Dragonfly::default(),
             fscache: Fscache::default(),
             containerd: Containerd::default(),
@@ -238,6 +242,14 @@ pub struct CredentialProviders {
     pub config: PathBuf,
     /// Where the plugins are (`--image-credential-provider-bin-dir`).
     pub bin_dir: PathBuf,
+}
+
+/// `[signatures]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Signatures {
+    /// Files of public keys, one of which must have signed the images whose names begin so.
+    pub required: signature::Required,
 }
 
 /// `[fscache]`
@@ -495,6 +507,9 @@ impl Config {
         if self.mount.mode == AttachMode::Fscache && !self.fscache.enable {
             return fail("mount.mode", "is \"fscache\", which `fscache.enable` rules out");
         }
+        if let Err(reason) = signature::check(&self.signatures.required) {
+            return fail("signatures.required", &reason);
+        }
         if let Err(reason) = self.dragonfly.source() {
             return fail("dragonfly.endpoint", &reason);
         }
@@ -546,6 +561,11 @@ impl Config {
         // The default is containerd's place: it need not be there.
         if !hosts_dir.as_os_str().is_empty() && *hosts_dir != Registry::default().hosts_dir {
             look("registry.hosts_dir", hosts_dir, directory);
+        }
+        for files in self.signatures.required.values() {
+            if let Err(error) = Keys::load(files) {
+                remarks.push(Remark { key: "signatures.required", problem: error.to_string() });
+            }
         }
         remarks
     }
@@ -638,6 +658,8 @@ mod tests {
             ("[mount]\nprobe_timeout_s = 0", "mount.probe_timeout_s"),
             ("[registry]\nhosts_dir = \"certs.d\"", "registry.hosts_dir"),
             ("[fscache]\ntag = \"a b\"", "fscache.tag"),
+            ("[signatures]\nrequired = { \"docker://a\" = [] }", "signatures.required"),
+            ("[signatures]\nrequired = { \"*\" = [\"key.pub\"] }", "signatures.required"),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.contains(&format!("`{key}`")) && message.contains("/etc/x.toml"), "{message}");
@@ -670,7 +692,9 @@ mod tests {
         config.registry.ca = Some(ca.clone());
         config.registry.hosts_dir = dir.path().join("certs.d");
         let keys = |config: &Config| config.missing().iter().map(|remark| remark.key).collect::<Vec<_>>();
-        assert_eq!(keys(&config), ["registry.ca", "registry.hosts_dir"]);
+        config.signatures.required.insert("*".into(), vec![dir.path().join("none.pub")]);
+        assert_eq!(keys(&config), ["registry.ca", "registry.hosts_dir", "signatures.required"]);
+        config.signatures = Signatures::default();
         assert!(config.missing()[0].problem.contains("ca.pem"));
         std::fs::write(ca, "").unwrap();
         std::fs::create_dir(&config.registry.hosts_dir).unwrap();

@@ -66,6 +66,7 @@ impl Images for Lazily {
         let mut request = MountRequest::new(format!("docker://{}", image.reference), target);
         request.traceparent = pull.traceparent;
         request.credentials = pull.login.as_ref().map(credentials);
+        request.chain_id = pull.chain_id;
         let mount = self.0.mount(request).await.map_err(refused)?;
         // A pull that succeeds means that the image is there; its data is first asked for when containers run.
         if let Err(failure) = self.0.find_blobs(&mount.target).await {

@@ -1,5 +1,5 @@
-//! The signals that end the daemon (`SIGTERM`, `SIGINT`) or start it anew (`SIGHUP`), with none lost while one program
-//! takes the place of another in the same process.
+//! The signals that end the daemon (`SIGTERM`, `SIGINT`), with none lost while one program takes the place of another in
+//! the same process, and the one that starts it anew (`SIGHUP`).
 
 use std::io;
 use std::sync::Arc;

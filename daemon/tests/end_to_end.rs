@@ -4,6 +4,7 @@
 mod world;
 
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -102,6 +103,47 @@ async fn a_reload_changes_the_configuration_and_nothing_else() {
     panic!("the signal does nothing:\n{}", world.log());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_must_be_signed_is_not_mounted_without() {
+    let Some(mut world) = World::start() else { return };
+    world.fill_tree();
+    let image = world.pack("img");
+    let key = world.path("cosign.pub");
+    std::fs::write(&key, include_str!("../../fetcher/tests/data/p256.pub")).unwrap();
+    let (file, all) = (world.path("config.toml"), format!("\"*\" = [{key:?}]"));
+    std::fs::write(&file, format!("[signatures]\nrequired = {{ {all} }}\n")).unwrap();
+    let client = world.start_daemon().await;
+    let request = MountRequest::new(&image, world.path("mnt"));
+    let refused = client.mount(&request).await;
+    let Err(ClientError::Api { error, status: 422 }) = refused else { panic!("{refused:?}") };
+    assert!(error.error.contains("cosign.pub: it has no signature"), "{}", error.error);
+    assert!(error.remedy.unwrap().contains("cosign sign"));
+    // A key that is lost asks for no less.
+    std::fs::remove_file(&key).unwrap();
+    let refused = client.mount(&request).await;
+    assert!(
+        matches!(&refused, Err(ClientError::Api { error, .. }) if error.error.contains("cosign.pub")),
+        "{refused:?}"
+    );
+
+    std::fs::write(&file, format!("[signatures]\nrequired = {{ {all}, \"oci:\" = [] }}\n")).unwrap();
+    client.reload().await.unwrap();
+    let mut tries = 0;
+    let client = loop {
+        if let Ok(client) = Client::connect(world.socket()).await
+            && client.mount(&request).await.is_ok()
+        {
+            break client;
+        }
+        tries += 1;
+        assert!(tries < 1500, "{}", world.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    world.assert_same("mnt");
+    world.umount(&client, "mnt").await;
+    world.assert_all_gone(&client).await;
+}
+
 /// Whenever it comes: before, while and after one program takes the place of the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_end_is_heard_in_the_middle_of_a_reload() {
@@ -114,14 +156,19 @@ async fn the_end_is_heard_in_the_middle_of_a_reload() {
         tokio::time::sleep(Duration::from_millis(step * 8)).await;
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let mut left = 1500;
-        while daemon.try_wait().unwrap().is_none() {
+        let ended = loop {
+            if let Some(ended) = daemon.try_wait().unwrap() {
+                break ended;
+            }
             left -= 1;
             if left == 0 {
                 world.daemon = Some(daemon);
                 panic!("the end, {} ms after the reload, is not heard:\n{}", step * 8, world.log());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        };
+        let by_signal = ended.signal() == Some(libc::SIGTERM);
+        assert!(ended.success() || by_signal, "{} ms after the reload: {ended}\n{}", step * 8, world.log());
     }
 }
 
@@ -575,6 +622,31 @@ async fn a_scrub_finds_what_went_bad_and_repairs_it() {
     client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
     world.assert_same("mnt");
 
+    // A bootstrap, mounted and not.
+    let mut bootstraps = std::fs::read_dir(world.path("root/bootstraps")).unwrap();
+    let bootstrap = bootstraps.next().unwrap().unwrap().path();
+    let right = std::fs::read(&bootstrap).unwrap();
+    let spoil_bootstrap = || {
+        let file = std::fs::File::options().write(true).open(&bootstrap).unwrap();
+        // Where no structure is that the kernel has in use.
+        file.write_all_at(b"not what was verified", 0).unwrap();
+        file.sync_all().unwrap();
+    };
+    spoil_bootstrap();
+    let found = client.scrub(&check).await.unwrap();
+    assert_eq!((found.bootstraps, found.bad, found.repaired), (1, 1, 0), "{found:?}");
+    let repaired = client.scrub(&ScrubRequest::default()).await.unwrap();
+    assert_eq!((repaired.bad, repaired.repaired, repaired.failed), (1, 1, 0), "{repaired:?}");
+    assert!(std::fs::read(&bootstrap).unwrap() == right);
+    world.assert_same("mnt");
+    world.umount(&client, "mnt").await;
+    spoil_bootstrap();
+    let dropped = client.scrub(&ScrubRequest::default()).await.unwrap();
+    assert_eq!((dropped.bad, dropped.repaired), (1, 1), "{dropped:?}");
+    assert!(!bootstrap.exists());
+    client.mount(&MountRequest::new(&image, world.path("mnt"))).await.unwrap();
+    world.assert_same("mnt");
+
     // Not mounted: the blob is dropped, and fetched when it is needed.
     world.umount(&client, "mnt").await;
     spoil();
@@ -587,10 +659,14 @@ async fn a_scrub_finds_what_went_bad_and_repairs_it() {
 
     // Mounted, and the image is gone from where it came.
     spoil();
+    spoil_bootstrap();
     std::fs::rename(world.path("img"), world.path("gone")).unwrap();
     let failed = client.scrub(&ScrubRequest::default()).await.unwrap();
-    assert_eq!((failed.bad, failed.repaired, failed.failed), (1, 0, 1), "{failed:?}");
-    assert!(failed.failures[0].contains("bytes 0.."), "{failed:?}");
+    assert_eq!((failed.bad, failed.repaired, failed.failed), (2, 0, 2), "{failed:?}");
+    assert!(
+        failed.failures[0].contains("bootstrap") && failed.failures[1].contains("bytes 0.."),
+        "{failed:?}"
+    );
     assert_eq!(client.scrubbed().await.unwrap(), failed);
     world.assert_all_gone(&client).await;
 }

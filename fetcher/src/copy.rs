@@ -13,10 +13,11 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use crate::archive::{Archive, ArchiveError};
 use crate::digest::Digest;
-use crate::image::{ImageError, Place};
+use crate::image::ImageError;
 use crate::layout::{Layout, LayoutError};
 use crate::local::off_thread as run;
 use crate::oci::{self, Descriptor, Document, DocumentError, Flavour, ImageManifest, Platform, RawManifest};
+use crate::place::Place;
 use crate::reference::{Reference, RegistryRef};
 use crate::registry::{Registry, RegistryOptions, SentFn};
 use crate::retry::Backoff;
@@ -196,7 +197,7 @@ async fn contents(place: &Place, from: &Reference, images: &Images) -> Result<Co
     let document = |error: DocumentError| CopyError::Document { image: image.clone(), error };
     let top = match images {
         Images::All => place.top(from).await?,
-        Images::One(platform, flavour) => place.manifest(from, platform, *flavour).await?.0,
+        Images::One(platform, flavour) => place.manifest(from, platform, *flavour).await?.raw,
     };
     let (mut children, mut blobs, mut seen) = (Vec::new(), Vec::new(), HashSet::from([top.digest]));
     let mut waiting: Vec<Descriptor> = Vec::new();

@@ -4,18 +4,18 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek as _, SeekFrom, Write as _};
 use std::sync::Arc;
 
-use crate::archive::{Archive, ArchiveError};
+use crate::archive::ArchiveError;
 use crate::digest::{Digest, Hasher};
-use crate::layout::{Layout, LayoutError};
+use crate::layout::LayoutError;
 use crate::local::off_thread as run;
 use crate::oci::{
-    self, BOOTSTRAP_PATH, Descriptor, Document, DocumentError, Flavour, ImageManifest, MAX_CONFIG, Platform,
-    RawManifest,
+    self, BOOTSTRAP_PATH, Descriptor, DocumentError, Flavour, ImageManifest, MAX_CONFIG, Platform,
 };
-use crate::origin::Origin;
+use crate::place::{Place, Resolved};
 use crate::reference::Reference;
-use crate::registry::{RegistryOptions, Repository};
+use crate::registry::RegistryOptions;
 use crate::retry::Backoff;
+use crate::signature::{self, Keys};
 use crate::source::{Blame, BlobRef, Body, Source, SourceError, Urgency};
 
 /// How to open an image.
@@ -32,6 +32,10 @@ pub struct OpenOptions {
     pub config: bool,
     /// Attempts in all, when a failure may pass.
     pub attempts: usize,
+    /// The chain id (image spec) that the layers must have; the config is read for it.
+    pub chain_id: Option<Digest>,
+    /// Whose signature the image must have; `None` asks for none.
+    pub signed_by: Option<Keys>,
 }
 
 impl Default for OpenOptions {
@@ -42,6 +46,8 @@ impl Default for OpenOptions {
             max_bootstrap: 1 << 30,
             config: true,
             attempts: 5,
+            chain_id: None,
+            signed_by: None,
         }
     }
 }
@@ -132,6 +138,18 @@ pub enum ImageError {
         /// Its manifest.
         manifest: Digest,
     },
+    /// An image without a signature that counts.
+    #[error("image {image} (manifest {manifest}) is not signed by {keys}: {found}")]
+    Unsigned {
+        /// The image's name.
+        image: String,
+        /// Its manifest.
+        manifest: Digest,
+        /// Files of the keys that were to sign it.
+        keys: String,
+        /// What there was instead.
+        found: String,
+    },
     /// A layer or the config breaks a rule.
     #[error("image {image}: {part} {digest}: {problem}")]
     Part {
@@ -144,131 +162,6 @@ pub enum ImageError {
         /// What is wrong, and at which byte where that is known.
         problem: String,
     },
-}
-
-/// Where images are read from, by what their name says.
-#[derive(Clone)]
-pub(crate) enum Place {
-    Registry(Repository),
-    Layout(Layout),
-    Archive { archive: Archive, documents: Layout },
-    Origin(Origin),
-}
-
-impl Place {
-    /// Opens the place that a name speaks of.
-    pub(crate) async fn open(reference: &Reference, options: &RegistryOptions) -> Result<Self, ImageError> {
-        let image = reference.to_string();
-        match reference {
-            Reference::Tree(dir) => Err(ImageError::Tree(dir.display().to_string())),
-            Reference::Registry(name) => Repository::new(name, options)
-                .map(Place::Registry)
-                .map_err(|error| ImageError::Source { image, error }),
-            Reference::Origin(origin) => Origin::new(origin, options)
-                .map(Place::Origin)
-                .map_err(|error| ImageError::Source { image, error }),
-            Reference::Layout { dir, .. } => {
-                let dir = dir.clone();
-                let opened = run(move || Layout::open(dir)).await;
-                opened.map(Place::Layout).map_err(|error| ImageError::Layout { image, error })
-            }
-            Reference::Archive { file, .. } => {
-                let file = file.clone();
-                let opened = run(move || {
-                    let archive = Archive::open(file)?;
-                    let documents = archive.documents()?;
-                    Ok(Place::Archive { archive, documents })
-                });
-                opened.await.map_err(|error| ImageError::Archive { image, error })
-            }
-        }
-    }
-
-    pub(crate) fn source(&self) -> Arc<dyn Source> {
-        match self {
-            Place::Registry(registry) => Arc::new(registry.clone()),
-            Place::Layout(layout) => Arc::new(layout.clone()),
-            Place::Archive { archive, .. } => Arc::new(archive.clone()),
-            Place::Origin(origin) => Arc::new(origin.clone()),
-        }
-    }
-
-    /// The manifest or index that the name itself selects.
-    pub(crate) async fn top(&self, reference: &Reference) -> Result<RawManifest, ImageError> {
-        let image = reference.to_string();
-        match (self, reference) {
-            (Place::Registry(registry), Reference::Registry(name)) => {
-                registry.manifest(&name.selector()).await.map_err(|error| ImageError::Source { image, error })
-            }
-            (Place::Origin(origin), Reference::Origin(name)) => {
-                origin.top(name.tag()).await.map_err(|error| ImageError::Source { image, error })
-            }
-            (
-                Place::Layout(layout) | Place::Archive { documents: layout, .. },
-                Reference::Layout { tag, .. } | Reference::Archive { tag, .. },
-            ) => {
-                let (layout, tag) = (layout.clone(), tag.clone());
-                let read = run(move || layout.manifest(&layout.resolve(tag.as_deref())?)).await;
-                read.map_err(|error| ImageError::Layout { image, error })
-            }
-            // A place is opened from its own name.
-            (_, other) => Err(ImageError::Tree(other.to_string())),
-        }
-    }
-
-    /// The manifest that a descriptor of an index names.
-    pub(crate) async fn child(
-        &self,
-        image: &str,
-        descriptor: &Descriptor,
-    ) -> Result<RawManifest, ImageError> {
-        let document = |error: DocumentError| ImageError::Document { image: image.to_owned(), error };
-        let blob = oci::blob_ref(descriptor).map_err(|error| document(error.into()))?;
-        match self {
-            Place::Registry(registry) => registry
-                .manifest(&blob.digest.to_string())
-                .await
-                .map_err(|error| ImageError::Source { image: image.to_owned(), error }),
-            Place::Origin(origin) => origin
-                .manifest(descriptor)
-                .await
-                .map_err(|error| ImageError::Source { image: image.to_owned(), error }),
-            Place::Layout(layout) | Place::Archive { documents: layout, .. } => {
-                let (layout, descriptor) = (layout.clone(), descriptor.clone());
-                run(move || layout.manifest(&descriptor))
-                    .await
-                    .map_err(|error| ImageError::Layout { image: image.to_owned(), error })
-            }
-        }
-    }
-
-    /// The manifest for one platform, through an index if there is one.
-    pub(crate) async fn manifest(
-        &self,
-        reference: &Reference,
-        platform: &Platform,
-        flavour: Flavour,
-    ) -> Result<(RawManifest, ImageManifest), ImageError> {
-        let image = reference.to_string();
-        let document = |error: DocumentError| ImageError::Document { image: image.clone(), error };
-        let mut raw = self.top(reference).await?;
-        // An index may name an index; deeper nesting has no use.
-        for _ in 0..3 {
-            match raw.parse().map_err(document)? {
-                Document::Manifest(manifest) => return Ok((raw, *manifest)),
-                Document::Index(index) => {
-                    let chosen = oci::choose(&index, platform, flavour).map_err(document)?;
-                    raw = self.child(&image, chosen).await?;
-                }
-            }
-        }
-        Err(ImageError::Part {
-            image,
-            part: "index",
-            digest: raw.digest,
-            problem: "indexes are nested too deep".to_owned(),
-        })
-    }
 }
 
 /// A converted image of which the manifest is read.
@@ -287,22 +180,36 @@ pub struct Found {
 /// The source fails, or the manifest is of no converted image.
 pub async fn find(reference: &Reference, options: &OpenOptions) -> Result<Found, ImageError> {
     let place = Place::open(reference, &options.registry).await?;
+    let image = Image { name: reference.to_string(), source: place.source() };
     let mut backoff = Backoff::new(options.attempts);
-    let (raw, manifest) = loop {
-        match place.manifest(reference, &options.platform, Flavour::PreferConverted).await {
+    let Resolved { raw, manifest, .. } = loop {
+        match resolve(&place, reference, &image, options).await {
             Err(ImageError::Source { image, error }) => {
                 backoff.wait(error).await.map_err(|error| ImageError::Source { image, error })?;
             }
             other => break other?,
         }
     };
-    let image = Image { name: reference.to_string(), source: place.source() };
-    if !oci::is_converted(&manifest) {
-        return Err(ImageError::NotConverted { image: image.name, manifest: raw.digest });
-    }
     let blobs = image.data_blobs(&manifest)?;
     let (reference, options) = (reference.clone(), options.clone());
     Ok(Found { reference, options, image, manifest_digest: raw.digest, manifest, blobs })
+}
+
+async fn resolve(
+    place: &Place,
+    reference: &Reference,
+    image: &Image,
+    options: &OpenOptions,
+) -> Result<Resolved, ImageError> {
+    let resolved = place.manifest(reference, &options.platform, Flavour::PreferConverted).await?;
+    if !oci::is_converted(&resolved.manifest) {
+        let image = image.name.clone();
+        return Err(ImageError::NotConverted { image, manifest: resolved.raw.digest });
+    }
+    if let Some(keys) = &options.signed_by {
+        signature::demand(place, image, &resolved, keys).await?;
+    }
+    Ok(resolved)
 }
 
 impl Found {
@@ -339,10 +246,10 @@ impl Found {
 
     async fn parts(&self) -> Result<(Vec<u8>, Vec<u8>), ImageError> {
         let Self { image, manifest, options, .. } = self;
-        let (config, diff_id) = if options.config {
+        let (config, diff_id) = if options.config || options.chain_id.is_some() {
             let blob = image.blob_ref(manifest.config())?;
             let config = image.read_small("config", &blob, MAX_CONFIG).await?;
-            let diff_id = image.diff_id(&blob, &config, manifest.layers().len())?;
+            let diff_id = image.diff_id(&blob, &config, manifest.layers().len(), options.chain_id)?;
             (config, Some(diff_id))
         } else {
             (Vec::new(), None)
@@ -361,6 +268,13 @@ pub async fn open(reference: &Reference, options: &OpenOptions) -> Result<Remote
     find(reference, options).await?.open().await
 }
 
+/// What identifies layers that stand on each other: of the first its DiffID, then each time the digest of that and the
+/// next DiffID.
+fn chain(diff_ids: &[String]) -> String {
+    let ids = diff_ids.iter().cloned();
+    ids.reduce(|below, id| Digest::of(format!("{below} {id}").as_bytes()).to_string()).unwrap_or_default()
+}
+
 /// How a layer's tar stream is packed.
 #[derive(Clone, Copy)]
 enum Packing {
@@ -369,8 +283,8 @@ enum Packing {
     Zstd,
 }
 
-struct Image {
-    name: String,
+pub(crate) struct Image {
+    pub(crate) name: String,
     source: Arc<dyn Source>,
 }
 
@@ -383,7 +297,7 @@ impl Image {
         ImageError::Source { image: self.name.clone(), error }
     }
 
-    fn blob_ref(&self, descriptor: &Descriptor) -> Result<BlobRef, ImageError> {
+    pub(crate) fn blob_ref(&self, descriptor: &Descriptor) -> Result<BlobRef, ImageError> {
         oci::blob_ref(descriptor)
             .map_err(|error| ImageError::Document { image: self.name.clone(), error: error.into() })
     }
@@ -407,7 +321,12 @@ impl Image {
     }
 
     /// Reads a small blob and checks its digest.
-    async fn read_small(&self, part: &'static str, blob: &BlobRef, cap: u64) -> Result<Vec<u8>, ImageError> {
+    pub(crate) async fn read_small(
+        &self,
+        part: &'static str,
+        blob: &BlobRef,
+        cap: u64,
+    ) -> Result<Vec<u8>, ImageError> {
         if blob.size == 0 || blob.size > cap {
             let problem = format!("{} bytes are none, or more than the {cap} that are read", blob.size);
             return Err(self.part(part, blob, problem));
@@ -451,7 +370,13 @@ impl Image {
     }
 
     /// The digest that the config gives for the unpacked bootstrap layer.
-    fn diff_id(&self, blob: &BlobRef, config: &[u8], layers: usize) -> Result<Digest, ImageError> {
+    fn diff_id(
+        &self,
+        blob: &BlobRef,
+        config: &[u8],
+        layers: usize,
+        chain_id: Option<Digest>,
+    ) -> Result<Digest, ImageError> {
         #[derive(serde::Deserialize)]
         struct Config {
             rootfs: RootFs,
@@ -468,7 +393,16 @@ impl Image {
             return Err(self.part("config", blob, problem));
         }
         let last = ids.last().map(String::as_str).unwrap_or_default();
-        last.parse().map_err(|error| self.part("config", blob, format!("last DiffID: {error}")))
+        let last =
+            last.parse().map_err(|error| self.part("config", blob, format!("last DiffID: {error}")))?;
+        let found = chain(&ids);
+        match chain_id {
+            Some(wanted) if found != wanted.to_string() => {
+                let problem = format!("its layers have the chain id {found}, not {wanted}");
+                Err(self.part("config", blob, problem))
+            }
+            _ => Ok(last),
+        }
     }
 
     /// Gets the bootstrap layer into an unnamed file, checks it, and extracts the bootstrap.

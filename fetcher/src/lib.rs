@@ -23,9 +23,11 @@ pub mod layout;
 mod local;
 pub mod oci;
 pub mod origin;
+mod place;
 pub mod reference;
 pub mod registry;
 mod retry;
+pub mod signature;
 pub mod source;
 pub mod sources;
 #[cfg(feature = "testing")]

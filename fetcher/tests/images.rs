@@ -64,6 +64,26 @@ async fn good_images_open_from_everywhere() {
     }
 }
 
+/// What containerd knows a snapshot by says which bootstrap is in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_another_chain_id_is_refused() {
+    let sample = sample(&[Codec::Zstd]);
+    let tar = bootstrap_tar(&[("image/image.boot", b"another bootstrap")]);
+    let unpacked = Digest::of(&tar);
+    store_image(&sample.layout, &sample.blob, Shape { tar, ..Shape::default() }, Some("other"));
+    let chain_id = Digest::of(format!("{} {unpacked}", sample.blob.digest).as_bytes());
+    let options = OpenOptions { chain_id: Some(chain_id), config: false, ..opening() };
+    let other = image::open(&layout_ref(&sample.layout, "other"), &options).await.unwrap();
+    assert_eq!(other.bootstrap, b"another bootstrap");
+    let error = image::open(&layout_ref(&sample.layout, "v1"), &options).await.unwrap_err().to_string();
+    assert!(error.contains("chain id") && error.contains(&chain_id.to_string()), "{error}");
+    // One that claims the DiffIDs of the other one.
+    let lie = Shape { diff_id: Some(unpacked), ..Shape::default() };
+    store_image(&sample.layout, &sample.blob, lie, Some("lie"));
+    let error = image::open(&layout_ref(&sample.layout, "lie"), &options).await.unwrap_err().to_string();
+    assert!(error.contains("bootstrap layer"), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_images_are_refused_with_a_reason() {
     let sample = sample(&[Codec::Zstd]);

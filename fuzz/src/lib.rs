@@ -17,6 +17,7 @@ pub mod keeper_packet;
 pub mod layer_tar;
 pub mod manifest;
 pub mod reference;
+pub mod signature;
 mod tar;
 
 /// A target's body.
@@ -36,4 +37,5 @@ pub const TARGETS: &[(&str, Run)] = &[
     ("layer_tar", layer_tar::run),
     ("manifest", manifest::run),
     ("reference", reference::run),
+    ("signature", signature::run),
 ];

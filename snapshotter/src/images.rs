@@ -48,6 +48,9 @@ pub struct Pull {
     pub login: Option<Login>,
     /// Its W3C trace context.
     pub traceparent: Option<String>,
+    /// The chain id by which containerd knows the image's snapshot from then on, whatever image asks for it: the mount
+    /// must be of layers that have it.
+    pub chain_id: Option<String>,
 }
 
 impl std::fmt::Debug for Login {

@@ -75,7 +75,8 @@ impl Snapshotter {
     /// committed at once; containerd learns that from [`ErrorKind::AlreadyExists`].
     pub(crate) async fn create(&self, mut wanted: Wanted) -> Result<Vec<api::Mount>, Error> {
         let login = labels::take_login(&mut wanted.labels);
-        let pull = Pull { login, traceparent: wanted.traceparent.take() };
+        let chain_id = wanted.labels.get(labels::REF).cloned();
+        let pull = Pull { login, traceparent: wanted.traceparent.take(), chain_id };
         if wanted.kind == Kind::Active
             && let Some(name) = wanted.labels.get(labels::REF).cloned()
         {
@@ -198,7 +199,8 @@ impl Snapshotter {
             _ => {}
         }
         tracing::info!(image = %name.reference, snapshot = key, "mounting for a container");
-        self.images.mount(&name, Pull::default(), target.clone()).await?;
+        let chain_id = snapshot.labels.get(labels::REF).cloned();
+        self.images.mount(&name, Pull { chain_id, ..Pull::default() }, target.clone()).await?;
         if snapshot.content == Content::Files {
             let content = Content::Image { name };
             let put = self.on_table(move |table| table.put(Snapshot { content, ..snapshot })).await;

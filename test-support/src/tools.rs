@@ -16,6 +16,9 @@ pub struct GoTool {
 pub const VERSITYGW: GoTool =
     GoTool { package: "github.com/versity/versitygw/cmd/versitygw", version: "v1.8.0" };
 
+/// What signs images.
+pub const COSIGN: GoTool = GoTool { package: "github.com/sigstore/cosign/v3/cmd/cosign", version: "v3.1.3" };
+
 /// The current containerd, with its client and what stands between it and a container.
 pub const CONTAINERD: GoTool = containerd("github.com/containerd/containerd/v2/cmd/containerd");
 /// `ctr`.
@@ -29,7 +32,7 @@ pub const DRAGONFLY: &str = "d7y.io/dragonfly/v2";
 pub const SCHEDULER: GoTool = GoTool { package: "d7y.io/dragonfly/v2/cmd/scheduler", version: "v2.5.1" };
 
 /// Those that every run of the tests wants.
-pub const ALL: [GoTool; 4] = [VERSITYGW, CONTAINERD, CTR, SHIM];
+pub const ALL: [GoTool; 5] = [VERSITYGW, COSIGN, CONTAINERD, CTR, SHIM];
 
 const fn containerd(package: &'static str) -> GoTool {
     GoTool { package, version: "v2.4.2" }

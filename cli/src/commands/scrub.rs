@@ -50,7 +50,7 @@ pub(crate) async fn run(options: Options, global: &Global) -> Result<()> {
     let left = report.bad.saturating_sub(report.repaired);
     ensure!(
         left == 0 && report.failed == 0,
-        "{left} bad chunks are left; see the failures, and skimmerd's log"
+        "{left} bad ones are left; see the failures, and skimmerd's log"
     );
     Ok(())
 }
@@ -63,10 +63,10 @@ fn show(report: &ScrubReport, global: &Global) -> Result<()> {
         output::line(&format!("failed: {failure}"))?;
     }
     if !global.quiet {
-        let ScrubReport { blobs_done, chunks, bytes, bad, repaired, .. } = report;
+        let ScrubReport { bootstraps, blobs_done, chunks, bytes, bad, repaired, .. } = report;
         let bytes = output::bytes(*bytes);
         output::line(&format!(
-            "{blobs_done} blobs, {chunks} chunks, {bytes}: {bad} bad, {repaired} repaired"
+            "{bootstraps} bootstraps, {blobs_done} blobs with {chunks} chunks, {bytes}: {bad} bad, {repaired} repaired"
         ))?;
     }
     Ok(())

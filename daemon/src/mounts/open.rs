@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use erofs_format::Image;
 use futures_util::{StreamExt as _, stream};
@@ -16,6 +16,7 @@ use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::origin::Origin;
 use skimmer_fetcher::reference::Reference;
 use skimmer_fetcher::registry::{RegistryOptions, Repository};
+use skimmer_fetcher::signature;
 use skimmer_fetcher::source::{BlobRef, Source, Urgency};
 use tokio::sync::oneshot;
 
@@ -60,6 +61,11 @@ fn bad(message: String) -> Failure {
     Failure::new(Kind::BadImage, message).remedy("convert the image again, and check it with `skimmer check`")
 }
 
+fn unsigned(error: &ImageError) -> Failure {
+    Failure::new(Kind::BadImage, error.to_string())
+        .remedy("have it signed, `cosign sign --key KEY IMAGE@DIGEST`, or see `signatures.required` in the configuration")
+}
+
 fn specs_of(image: &Image<'_>, stored: &HashMap<BlobId, u64>) -> Result<Vec<BlobSpec>, Failure> {
     image.check().map_err(|error| bad(format!("the bootstrap is damaged: {error}")))?;
     let mut specs: Vec<BlobSpec> = Vec::new();
@@ -94,10 +100,19 @@ impl Mounts {
             &request.insecure,
             request.ca.as_deref(),
         );
-        // The bootstrap is checked by the manifest; nothing of the config is needed.
+        let (required, image) = (self.config.signatures.required.clone(), reference.clone());
+        let signed_by = tokio::task::spawn_blocking(move || signature::required(&required, &image))
+            .await?
+            .map_err(|error| Failure::new(Kind::Internal, format!("signatures.required: {error}")))?;
+        let chain_id = request.chain_id.as_deref().map(str::parse).transpose();
+        let chain_id =
+            chain_id.map_err(|error| Failure::new(Kind::BadRequest, format!("`chain_id`: {error}")))?;
         let options = OpenOptions {
             registry,
+            signed_by,
+            chain_id,
             max_bootstrap: bootstraps::MAX_BYTES,
+            // The bootstrap is checked by the manifest.
             config: false,
             ..OpenOptions::default()
         };
@@ -111,7 +126,10 @@ impl Mounts {
         let (ahead, remote) = tokio::time::timeout(limit, opening)
             .await
             .map_err(|_| failed(format!("{}: did not answer within {} s", request.image, limit.as_secs())))?
-            .map_err(|error| failed(error.to_string()))?;
+            .map_err(|error| match error {
+                ImageError::Unsigned { .. } => unsigned(&error),
+                _ => failed(error.to_string()),
+            })?;
         let stored: HashMap<BlobId, u64> =
             remote.blobs.iter().map(|blob| (BlobId::new(*blob.digest.as_bytes()), blob.size)).collect();
         let bootstrap = remote.bootstrap;
@@ -148,6 +166,33 @@ impl Mounts {
                 .collect(),
         };
         Ok(Opened { image, bootstrap, specs, early, source: remote.source })
+    }
+
+    /// Fetches the bootstrap of that name once more. It was good when its image was first mounted: the name is its digest.
+    pub(super) async fn bootstrap_of(&self, source: &SourceRecord, name: &str) -> Result<Vec<u8>, Failure> {
+        let failed = |why: String| Failure::new(Kind::Source, format!("{}: {why}", source.image));
+        let mut reference = parse(&source.image)?;
+        let login = {
+            let secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
+            secrets.get(&source.image).cloned()
+        };
+        let registry =
+            self.registry_options(&reference, login.as_ref(), &source.insecure, source.ca.as_deref());
+        // A tag may mean something else by now.
+        if let (Reference::Registry(name), Ok(manifest)) = (&reference, source.manifest.parse()) {
+            reference = Reference::Registry(name.with_digest(manifest));
+        }
+        let max_bootstrap = bootstraps::MAX_BYTES;
+        let options = OpenOptions { registry, max_bootstrap, config: false, ..OpenOptions::default() };
+        let limit = self.config.mount.open_timeout();
+        let remote = tokio::time::timeout(limit, image::open(&reference, &options)).await;
+        let remote = remote.map_err(|_| failed(format!("did not answer within {} s", limit.as_secs())))?;
+        let bytes = remote.map_err(|error| failed(error.to_string()))?.bootstrap;
+        let sum = {
+            let bytes = bytes.clone();
+            tokio::task::spawn_blocking(move || bootstraps::name(&bytes)).await?
+        };
+        if sum == name { Ok(bytes) } else { Err(failed(format!("its bootstrap is another one now: {sum}"))) }
     }
 
     /// Asks for the start blob while the bootstrap is on its way: what is in it is known when that has come.

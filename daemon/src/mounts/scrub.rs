@@ -1,4 +1,5 @@
-//! Scrubbing: every cached chunk is read again and compared with its digest; what went bad on the disk is repaired.
+//! Scrubbing: every bootstrap and every cached chunk is read again and compared with its digest; what went bad on the
+//! disk is repaired.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -77,12 +78,13 @@ impl Mounts {
     /// One runs already, or the cache cannot be listed. What goes wrong with a blob is in the report.
     pub async fn scrub(self: &Arc<Self>, request: ScrubRequest) -> Result<ScrubReport, Failure> {
         let began = Instant::now();
-        let held = self.store.held()?;
-        let blobs = held.into_iter().filter_map(|held| match held.item {
-            Item::Blob(blob) => Some(blob),
-            Item::Bootstrap(_) => None,
-        });
-        let blobs: Vec<BlobId> = blobs.collect();
+        let (mut blobs, mut bootstraps) = (Vec::new(), Vec::new());
+        for held in self.store.held()? {
+            match held.item {
+                Item::Blob(blob) => blobs.push(blob),
+                Item::Bootstrap(name) => bootstraps.push(name),
+            }
+        }
         let mut busy = false;
         self.scrub.change(|report| {
             busy = report.running;
@@ -99,6 +101,15 @@ impl Mounts {
         let pace =
             Pace { bytes_per_second: request.mib_per_second.saturating_mul(1 << 20), since: began, read: 0 };
         let pace = Arc::new(Mutex::new(pace));
+        for name in bootstraps {
+            if let Err(failure) = self.scrub_bootstrap(&name, &pace, request.check_only).await {
+                self.scrub.failed(format!("bootstrap {name}: {failure}"));
+            }
+            if self.scrub.stop.load(Ordering::Relaxed) {
+                blobs.clear();
+                break;
+            }
+        }
         for blob in blobs {
             for mode in [Mode::Fanotify, Mode::Fscache] {
                 if let Err(failure) = self.scrub_file(mode, blob, &pace, request.check_only).await {
@@ -115,6 +126,80 @@ impl Mounts {
             report.took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         });
         Ok(self.scrub.report())
+    }
+
+    /// A bootstrap's file, and then the kernel's copy of it.
+    async fn scrub_bootstrap(
+        self: &Arc<Self>,
+        name: &str,
+        pace: &Arc<Mutex<Pace>>,
+        check_only: bool,
+    ) -> Result<(), Failure> {
+        let (this, pace, named) = (Arc::clone(self), Arc::clone(pace), name.to_owned());
+        let read = move || {
+            let read = this.store.scrub_bootstrap(&named)?;
+            let bytes = read.as_ref().map_or(0, |bytes| u64::try_from(bytes.len()).unwrap_or(u64::MAX));
+            this.scrub.change(|report| {
+                report.bootstraps += 1;
+                report.bytes += bytes;
+            });
+            pace.lock().unwrap_or_else(PoisonError::into_inner).count(bytes);
+            Ok::<_, Failure>(read)
+        };
+        let right = match tokio::task::spawn_blocking(read).await?? {
+            Some(bytes) => bytes,
+            None => {
+                tracing::error!(bootstrap = name, "it went bad in the cache");
+                self.scrub.change(|report| report.bad += 1);
+                if check_only {
+                    return Ok(());
+                }
+                let Some(bytes) = self.repair_bootstrap(name).await? else { return Ok(()) };
+                bytes
+            }
+        };
+        let (this, named) = (Arc::clone(self), name.to_owned());
+        let compare = move || this.store.scrub_cached_bootstrap(&named, &right, !check_only);
+        if tokio::task::spawn_blocking(compare).await?? {
+            tracing::error!(bootstrap = name, "its cache file went bad");
+            self.scrub.change(|report| {
+                report.bad += 1;
+                report.repaired += u64::from(!check_only);
+            });
+        }
+        Ok(())
+    }
+
+    /// One that nothing needs goes. A mounted one is fetched and written over; gives its bytes.
+    async fn repair_bootstrap(self: &Arc<Self>, name: &str) -> Result<Option<Vec<u8>>, Failure> {
+        let item = Item::Bootstrap(name.to_owned());
+        let image = {
+            let mut state = self.state.lock().await;
+            self.release_unused(&mut state).await;
+            let mounted = state.attachments.iter().find(|one| one.record.bootstrap == *name);
+            let image = mounted.map(|one| one.image.clone());
+            if !is_needed(&state, &item) {
+                self.store.evict(&item)?;
+                self.scrub.change(|report| report.repaired += 1);
+                return Ok(None);
+            }
+            image
+        };
+        let sources = image.map(|image| image.sources).unwrap_or_default();
+        let mut why = Failure::new(Kind::Source, "it is bad, and no source is known");
+        for source in &sources {
+            match self.bootstrap_of(source, name).await {
+                Ok(bytes) => {
+                    let (this, named) = (Arc::clone(self), name.to_owned());
+                    let write = move || this.store.mend_bootstrap(&named, &bytes).map(|()| bytes);
+                    let bytes = tokio::task::spawn_blocking(write).await??;
+                    self.scrub.change(|report| report.repaired += 1);
+                    return Ok(Some(bytes));
+                }
+                Err(failure) => why = failure,
+            }
+        }
+        Err(why)
     }
 
     async fn scrub_file(

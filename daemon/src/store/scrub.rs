@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Advice;
+use rustix::fs::{Advice, SeekFrom};
 use skimmer_fetcher::chunk::{ChunkSpec, Codec, verify};
 
 use super::{Store, StoreError, claims, ready};
@@ -61,6 +61,81 @@ impl Store {
         Ok(Some(Scrubbed { spec, path, bad }))
     }
 }
+
+impl Store {
+    /// Reads a bootstrap from the disk; `None` when it is not what its name says.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn scrub_bootstrap(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        if let Ok(file) = File::open(self.bootstrap_path(name)) {
+            let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
+        }
+        match self.load_bootstrap(name) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(StoreError::Corrupt { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes a bootstrap over its file, which may be mounted, durably.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn mend_bootstrap(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.bootstrap_path(name);
+        let mend = || {
+            let file = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&path)?;
+            file.set_len(u64::try_from(bytes.len()).unwrap_or(u64::MAX))?;
+            file.write_all_at(bytes, 0)?;
+            file.sync_all()
+        };
+        mend().map_err(|error| StoreError::io("cannot write", &path, error))
+    }
+
+    /// Compares what the kernel has of a bootstrap in its cache file, if there is one, with the right bytes; says
+    /// whether it differed. With `mend` it does no longer.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn scrub_cached_bootstrap(&self, name: &str, right: &[u8], mend: bool) -> Result<bool, StoreError> {
+        let path = self.cache_path(name)?;
+        let scrub = || -> std::io::Result<bool> {
+            let opened = OpenOptions::new().read(true).write(mend).custom_flags(libc::O_NOFOLLOW).open(&path);
+            let file = match opened {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+                other => other?,
+            };
+            let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
+            let (mut start, mut differed) = (0, false);
+            for block in right.chunks(BLOCK) {
+                // A hole is what the kernel will ask for.
+                let has_data = match rustix::fs::seek(&file, SeekFrom::Data(start)) {
+                    Ok(data) => data < start + BLOCK_BYTES,
+                    Err(rustix::io::Errno::NXIO) => break,
+                    Err(error) => return Err(error.into()),
+                };
+                let mut found = vec![0; block.len()];
+                if has_data && (file.read_exact_at(&mut found, start).is_err() || found != block) {
+                    differed = true;
+                    if mend {
+                        file.write_all_at(block, start)?;
+                    }
+                }
+                start += BLOCK_BYTES;
+            }
+            if differed && mend {
+                file.sync_data()?;
+            }
+            Ok(differed)
+        };
+        scrub().map_err(|error| StoreError::io("cannot scrub", &path, error))
+    }
+}
+
+/// Bytes of bootstraps that are compared, and written, at once.
+const BLOCK: usize = 4096;
+const BLOCK_BYTES: u64 = 4096;
 
 /// Writes a verified chunk, padded to whole blocks, over what its file holds there, durably.
 ///

@@ -8,8 +8,8 @@ use super::{Payload, Registry};
 use crate::digest::Digest;
 use crate::http::Use;
 use crate::oci::{
-    MAX_MANIFEST, MEDIA_TYPE_DOCKER_INDEX, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST,
-    RawManifest,
+    Document, MAX_MANIFEST, MEDIA_TYPE_DOCKER_INDEX, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_INDEX,
+    MEDIA_TYPE_MANIFEST, RawManifest,
 };
 use crate::source::{ErrorClass, SourceError};
 
@@ -44,6 +44,32 @@ impl Registry {
             return Err(self.error(class, detail));
         }
         Ok(manifest)
+    }
+
+    /// Gets the index of the manifests of one type that refer to another one. A registry that has no such API, or names
+    /// none, has not found it.
+    pub async fn referrers(&self, digest: &Digest, artifact_type: &str) -> Result<RawManifest, SourceError> {
+        let what = format!("referrers of {digest}");
+        let mut url = self.url(&format!("referrers/{digest}"))?;
+        url.query_pairs_mut().append_pair("artifactType", artifact_type);
+        let mut call = self.call(Method::GET, url, Access::Pull, Use::Documents);
+        call.headers.append(ACCEPT, HeaderValue::from_static(MEDIA_TYPE_INDEX));
+        let response = self.send(&call).await?;
+        match response.status() {
+            StatusCode::OK => {}
+            // What registries from before that API say.
+            StatusCode::BAD_REQUEST | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_ACCEPTABLE => {
+                let detail = format!("{what}: {}", response.status());
+                return Err(self.error(ErrorClass::NotFound, detail));
+            }
+            _ => return Err(self.unexpected(&what, response).await),
+        }
+        let index =
+            RawManifest::new(self.document(&what, response, MAX_MANIFEST).await?, Some(MEDIA_TYPE_INDEX));
+        match index.parse() {
+            Ok(Document::Index(found)) if !found.manifests().is_empty() => Ok(index),
+            _ => Err(self.error(ErrorClass::NotFound, format!("{what}: none"))),
+        }
     }
 
     /// Stores a manifest or index under its digest, and under a tag when there is one.

@@ -78,7 +78,19 @@ impl Repository {
 
     /// Reads a manifest or index: by its digest from any host, by a tag from those that may be asked for tags.
     pub async fn manifest(&self, selector: &str) -> Result<RawManifest, SourceError> {
-        let by_digest = selector.parse::<Digest>().is_ok();
+        let asked = self.asked(selector.parse::<Digest>().is_ok())?;
+        first(self.name(), asked, Registry::name, |registry| async move { registry.manifest(selector).await })
+            .await
+    }
+
+    /// Reads the index of what refers to a manifest, as a tag is looked up.
+    pub async fn referrers(&self, digest: &Digest, artifact_type: &str) -> Result<RawManifest, SourceError> {
+        let ask = |registry: Registry| async move { registry.referrers(digest, artifact_type).await };
+        first(self.name(), self.asked(false)?, Registry::name, ask).await
+    }
+
+    /// The hosts for manifests: by digest any, else those that may be asked for what changes.
+    fn asked(&self, by_digest: bool) -> Result<Vec<(Registry, Arc<Health>)>, SourceError> {
         let hosts = self.hosts();
         let asked: Vec<_> = hosts
             .registries
@@ -90,8 +102,7 @@ impl Repository {
             let detail = "no host of hosts.toml has the capability `resolve`, so no tag can be looked up";
             return Err(SourceError::new(ErrorClass::Unsupported, self.name(), detail));
         }
-        first(self.name(), asked, Registry::name, |registry| async move { registry.manifest(selector).await })
-            .await
+        Ok(asked)
     }
 }
 

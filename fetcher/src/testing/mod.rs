@@ -171,6 +171,7 @@ struct State {
     address: SocketAddr,
     fault: Option<(Fault, Option<u64>)>,
     login: Login,
+    referrers: bool,
     tokens: Vec<(String, Instant)>,
     log: Vec<Request>,
     counts: Counts,
@@ -204,6 +205,7 @@ impl FaultServer {
             address,
             fault: None,
             login: Login::Open,
+            referrers: false,
             tokens: Vec::new(),
             log: Vec::new(),
             counts: Counts::default(),
@@ -251,6 +253,11 @@ impl FaultServer {
     /// Sets who may read.
     pub fn login(&self, login: Login) {
         lock(&self.state).login = login;
+    }
+
+    /// Whether it has the referrers API from now on.
+    pub fn referrers(&self, has: bool) {
+        lock(&self.state).referrers = has;
     }
 
     /// Makes all tokens given out so far invalid.

@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 
 use super::{Bearer, Fault, Login, Request, Shared, State, TokenFault, lock};
 use crate::digest::Digest;
+use crate::oci::{Descriptor, Document};
 use crate::source::BlobRef;
 
 pub(super) async fn serve(listener: std::net::TcpListener, state: Shared) {
@@ -200,10 +201,28 @@ fn respond(state: &Shared, request: &Incoming) -> Option<Reply> {
     if let Some((_, digest)) = rest.rsplit_once("/blobs/") {
         return blob(&mut state, request, digest);
     }
+    if let Some((_, digest)) = rest.rsplit_once("/referrers/").filter(|_| state.referrers) {
+        return Some(referrers(&state, digest));
+    }
     match rest.rsplit_once("/manifests/") {
         Some((_, selector)) => Some(manifest(&state, selector)),
         None => Some(Reply::new(404, "")),
     }
+}
+
+/// Those of the layout's images whose `subject` is the manifest.
+fn referrers(state: &State, digest: &str) -> Reply {
+    let index = state.layout.index();
+    let refers = |descriptor: &&Descriptor| {
+        let Ok(Document::Manifest(manifest)) = state.layout.document(descriptor) else { return false };
+        manifest.subject().as_ref().is_some_and(|subject| subject.digest().to_string() == digest)
+    };
+    let manifests: Vec<_> =
+        index.iter().flat_map(|index| index.manifests().iter().filter(refers).cloned()).collect();
+    let index = serde_json::json!({
+        "schemaVersion": 2, "mediaType": crate::oci::MEDIA_TYPE_INDEX, "manifests": manifests,
+    });
+    Reply::new(200, index.to_string()).with("content-type", crate::oci::MEDIA_TYPE_INDEX)
 }
 
 /// The 401 for a request without the right `Authorization`.
