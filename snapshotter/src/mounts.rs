@@ -17,12 +17,12 @@ pub(crate) fn of(table: &Table, key: &str) -> Result<Vec<api::Mount>, Error> {
         let message = format!("snapshot {key} is committed: prepare one on top of it");
         return Err(Error::new(ErrorKind::FailedPrecondition, message));
     }
-    let mut lower = Vec::new();
+    let (mut lower, mut bare) = (Vec::new(), None);
     for snapshot in below {
         let dir = table.dir(snapshot.id);
         match &snapshot.content {
             Content::Files => lower.push(text(&Snapshot::files(&dir))?),
-            Content::Blob { .. } => {}
+            Content::Blob { .. } => bare = Some(snapshot),
             Content::Image { .. } => {
                 lower.push(text(&Snapshot::image(&dir))?);
                 // It has the files of all below it.
@@ -30,13 +30,13 @@ pub(crate) fn of(table: &Table, key: &str) -> Result<Vec<api::Mount>, Error> {
             }
         }
     }
-    // The bootstrap's own layer is unpacked on top of them.
-    if let [.., last] = below
-        && lower.is_empty()
+    // The bootstrap's own layer is unpacked on top of them. Anything else would be without their files: one image can say
+    // of another one's layer that it is such data.
+    if let Some(bare) = bare
         && !matches!(labels::layer(&top.labels), Layer::Bootstrap(_))
     {
         let message =
-            format!("snapshot {key} stands on data of an image without its bootstrap ({})", last.key);
+            format!("snapshot {key} stands on data of an image without its bootstrap ({})", bare.key);
         return Err(Error::new(ErrorKind::FailedPrecondition, message));
     }
     let own = table.dir(top.id);

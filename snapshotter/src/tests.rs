@@ -27,6 +27,8 @@ const IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 #[derive(Default)]
 struct Noted {
     mounted: Mutex<BTreeMap<PathBuf, (String, Option<String>)>>,
+    /// Chain ids that mounts were to have.
+    chains: Mutex<Vec<Option<String>>>,
     busy: Mutex<bool>,
     /// Image and password of pulls; whether they succeeded, at their end.
     pulls: Mutex<Vec<(String, String, Option<bool>)>>,
@@ -39,6 +41,7 @@ impl Images for Noted {
         if image.reference.contains("broken") {
             return Err(Error::new(Kind::Unavailable, "blob sha256:ab is not at the registry"));
         }
+        self.chains.lock().unwrap().push(pull.chain_id);
         let noted = (image.reference.clone(), pull.login.map(|login| login.password));
         assert!(self.mounted.lock().unwrap().insert(target, noted).is_none(), "mounted twice");
         Ok(())
@@ -234,6 +237,8 @@ async fn a_lazy_image_needs_no_layer() {
     let ask = wire::MountsRequest { key: "container".into(), ..Default::default() };
     service.client.mounts(ask).await.unwrap();
     assert!(service.images.is_mounted(place));
+    let chain = Some("sha256:top".to_owned());
+    assert_eq!(*service.images.chains.lock().unwrap(), [chain.clone(), chain]);
 
     assert_eq!(service.remove("sha256:top").await.unwrap_err().code(), Code::FailedPrecondition);
     service.remove("container").await.unwrap();
@@ -252,6 +257,23 @@ async fn a_lazy_image_needs_no_layer() {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     panic!("directories stay: {:?}", std::fs::read_dir(&root).unwrap().collect::<Vec<_>>());
+}
+
+/// An image says of a plain layer of another one that its data is fetched: that one does not go on without its files.
+#[tokio::test]
+async fn nothing_stands_on_data_without_its_bootstrap() {
+    let mut service = service().await;
+    service.prepare("a", "", &[]).await.unwrap();
+    service.commit("sha256:base", "a").await.unwrap();
+    let lie = [(REF, "sha256:second"), (BLOB, "true")];
+    let known = service.prepare("b", "sha256:base", &lie).await.unwrap_err();
+    assert_eq!(known.code(), Code::AlreadyExists);
+    for labels in [&[][..], &[(REF, "sha256:third")]] {
+        let refused = service.prepare("c", "sha256:second", labels).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        assert!(refused.message().contains("without its bootstrap (sha256:second)"), "{refused}");
+    }
+    assert_eq!(service.keys("kind==active").await.unwrap(), Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -136,17 +136,21 @@ impl Mounts {
         check_only: bool,
     ) -> Result<(), Failure> {
         let (this, pace, named) = (Arc::clone(self), Arc::clone(pace), name.to_owned());
+        // It may have gone since it was listed.
+        if !self.store.bootstrap_path(name).exists() {
+            return Ok(());
+        }
         let read = move || {
-            let read = this.store.scrub_bootstrap(&named)?;
+            let read = this.store.scrub_bootstrap(&named);
             let bytes = read.as_ref().map_or(0, |bytes| u64::try_from(bytes.len()).unwrap_or(u64::MAX));
             this.scrub.change(|report| {
                 report.bootstraps += 1;
                 report.bytes += bytes;
             });
             pace.lock().unwrap_or_else(PoisonError::into_inner).count(bytes);
-            Ok::<_, Failure>(read)
+            read
         };
-        let right = match tokio::task::spawn_blocking(read).await?? {
+        let right = match tokio::task::spawn_blocking(read).await? {
             Some(bytes) => bytes,
             None => {
                 tracing::error!(bootstrap = name, "it went bad in the cache");

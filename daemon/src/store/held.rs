@@ -56,7 +56,10 @@ impl Store {
             }
         })?;
         each(&self.root().join("bootstraps"), &mut |name, metadata| {
-            add(Item::Bootstrap(name.to_owned()), metadata, true);
+            // Others are under construction.
+            if name.len() == 64 {
+                add(Item::Bootstrap(name.to_owned()), metadata, true);
+            }
         })?;
         // The kernel's names have the cookie behind a letter for the kind (Documentation/filesystems/caching).
         each(&self.fscache_dir(), &mut |name, metadata| {

@@ -63,19 +63,11 @@ impl Store {
 }
 
 impl Store {
-    /// Reads a bootstrap from the disk; `None` when it is not what its name says.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`].
-    pub fn scrub_bootstrap(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        if let Ok(file) = File::open(self.bootstrap_path(name)) {
-            let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
-        }
-        match self.load_bootstrap(name) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(StoreError::Corrupt { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+    /// Reads a bootstrap; `None` when it cannot be read or is not what its name says. Memory's copy is compared when there
+    /// is one: a mounted image is read by way of the same pages, and must not be given the disk's instead.
+    #[must_use]
+    pub fn scrub_bootstrap(&self, name: &str) -> Option<Vec<u8>> {
+        self.load_bootstrap(name).ok()
     }
 
     /// Writes a bootstrap over its file, which may be mounted, durably.
@@ -154,4 +146,36 @@ fn is_right(file: &File, chunk: &BlobChunk) -> bool {
     let mut bytes = vec![0; length];
     let spec = ChunkSpec { stored_offset: 0, stored_len: chunk.spec.len, codec: Codec::None, ..chunk.spec };
     file.read_exact_at(&mut bytes, chunk.start).is_ok() && verify(&spec, &bytes, vec![0; length]).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_s_copy_of_a_bootstrap_is_compared_where_it_has_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let right: Vec<u8> = (0..5 * BLOCK + 100).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        let name = store.put_bootstrap(&right).unwrap();
+        assert!(!store.scrub_cached_bootstrap(&name, &right, true).unwrap(), "there is none");
+        let size = u64::try_from(6 * BLOCK).unwrap();
+        let file = store.precreate_cache_file(&name, size).unwrap();
+        let differs = |mend| store.scrub_cached_bootstrap(&name, &right, mend).unwrap();
+        assert!(!differs(true), "it is empty");
+        // Blocks 1 and 5, of which the last is part of one; the others are holes.
+        file.write_all_at(&right[BLOCK..2 * BLOCK], BLOCK_BYTES).unwrap();
+        file.write_all_at(&right[5 * BLOCK..], 5 * BLOCK_BYTES).unwrap();
+        file.sync_all().unwrap();
+        let allocated = file.metadata().unwrap().blocks();
+        assert!(!differs(true));
+        for at in [BLOCK + 7, 5 * BLOCK + 99] {
+            file.write_all_at(b"!", u64::try_from(at).unwrap()).unwrap();
+            assert!(differs(false) && differs(true) && !differs(true), "byte {at}");
+        }
+        let mut found = vec![0; BLOCK];
+        file.read_exact_at(&mut found, BLOCK_BYTES).unwrap();
+        assert!(found == right[BLOCK..2 * BLOCK]);
+        assert_eq!(file.metadata().unwrap().blocks(), allocated, "holes stay");
+    }
 }

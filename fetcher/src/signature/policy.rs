@@ -1,6 +1,7 @@
 //! Which images must be signed by whom.
 
 use std::collections::BTreeMap;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use url::Url;
@@ -37,28 +38,51 @@ fn check_begin(begin: &str) -> Result<(), String> {
         return Ok(());
     }
     if let Some(path) = ON_DISK.iter().find_map(|kind| begin.strip_prefix(kind)) {
-        let good = path.is_empty() || (path.starts_with('/') && !goes_up(Path::new(path)));
-        return if good { Ok(()) } else { Err("whose path is not absolute, or goes up".into()) };
+        let plain: PathBuf = Path::new(path).components().collect();
+        let good = path.starts_with('/')
+            && !goes_up(&plain)
+            && !path.contains(':')
+            && plain.as_os_str().as_bytes() == path.as_bytes();
+        return if path.is_empty() || good {
+            Ok(())
+        } else {
+            Err("whose path is not absolute, has a tag, or is not written plainly".into())
+        };
     }
     let same = |right: String| {
         if right == begin { Ok(()) } else { Err(format!("which no name begins with; write `{right}`")) }
     };
     if begin.contains("://") {
-        let url = Url::parse(begin).ok().filter(|url| ["http", "https", "s3"].contains(&url.scheme()));
-        return same(url.ok_or(FORMS)?.as_str().trim_end_matches('/').to_owned());
+        let mut url = Url::parse(begin).map_err(|_| FORMS)?;
+        let kind = ["http", "https", "s3"].contains(&url.scheme());
+        if !kind || url.path().contains([':', '%']) || !url.username().is_empty() || url.password().is_some()
+        {
+            return Err(FORMS.into());
+        }
+        url.set_query(None);
+        url.set_fragment(None);
+        return same(url.as_str().trim_end_matches('/').to_owned());
     }
     // As it would be in the name of an image below it.
     let longer = format!("{begin}/{}", if begin.contains('/') { "x" } else { "x/x" });
     let below = RegistryRef::parse(&longer).map_err(|_| FORMS)?;
     let whole = name_of(&below);
+    // Docker Hub's images may be named without it.
+    if whole.starts_with("docker.io/") && !begin.contains("docker.io") {
+        return same(RegistryRef::parse(begin).map(|image| name_of(&image)).map_err(|_| FORMS)?);
+    }
     same(whole.strip_suffix(if begin.contains('/') { "/x" } else { "/x/x" }).unwrap_or(&whole).to_owned())
 }
 
 /// A repository by the one name that it has here: hosts are written in several ways.
 fn name_of(image: &RegistryRef) -> String {
-    let host = image.host().to_ascii_lowercase();
-    let host = host.strip_suffix(":443").unwrap_or(&host);
-    format!("{}/{}", host.trim_end_matches('.'), image.repository())
+    let url = Url::parse(&format!("https://{}/", image.host())).ok();
+    let host = match url.as_ref().and_then(|url| Some((url.host_str()?, url.port()))) {
+        Some((host, None)) => host.to_owned(),
+        Some((host, Some(port))) => format!("{host}:{port}"),
+        None => image.host().to_ascii_lowercase(),
+    };
+    format!("{host}/{}", image.repository())
 }
 
 fn goes_up(path: &Path) -> bool {
@@ -78,7 +102,7 @@ pub fn required(of: &Required, image: &Reference) -> Result<Option<Keys>, KeyErr
     let on_disk = |kind: &str, path: &Path, begin: &str| {
         let below = begin.strip_prefix(kind);
         // Where that is in the end is not known.
-        below.is_some_and(|below| !goes_up(path) && (below.is_empty() || path.starts_with(below)))
+        below.is_some_and(|below| below.is_empty() || (!goes_up(path) && path.starts_with(below)))
     };
     let is_of = |begin: &str| {
         begin == ALL
@@ -130,11 +154,18 @@ mod tests {
             "host.example/a@sha256:00",
             "HOST.example",
             "host.example:443",
-            "host.example./a",
             "index.docker.io/library",
             "alpine",
             "oci:images",
             "oci:/a/../b",
+            "oci:/./a",
+            "oci:/a/",
+            "oci:/a:v1",
+            "https://host.example/a:v1",
+            "https://host.example/a?b",
+            "https://me@host.example/a",
+            "host.example:0443/a",
+            "127.1/a",
             "https://host.example:443/a",
             "https://HOST.example/a",
             "https://host.example/a/",
@@ -142,6 +173,8 @@ mod tests {
         ] {
             assert!(said(bad).unwrap_err().contains(&format!("`{bad}`")), "{bad}");
         }
+        assert!(said("alpine").unwrap_err().contains("`docker.io/library/alpine`"));
+        assert!(said("HOST.example/a").unwrap_err().contains("`host.example/a`"));
         let relative = Required::from([("*".to_owned(), vec![PathBuf::from("key.pub")])]);
         assert!(check(&relative).unwrap_err().contains("key.pub"));
     }
@@ -160,6 +193,7 @@ mod tests {
         of.insert("host.example/free".into(), Vec::new());
         of.insert("docker.io/library".into(), vec![file("library")]);
         of.insert("oci:/images".into(), Vec::new());
+        of.insert("oci-archive:".into(), vec![file("archives")]);
         of.insert("https://host.example".into(), Vec::new());
         check(&of).unwrap();
         let wanted = |name: &str| {
@@ -171,6 +205,7 @@ mod tests {
             ("docker://other.example/a:v1", Some("all")),
             ("docker://host.example/a/b:v1", Some("host")),
             ("docker://HOST.example:443/a/b:v1", Some("host")),
+            ("docker://host.example:0443/a/b:v1", Some("host")),
             ("docker://host.example/freedom:v1", Some("host")),
             ("docker://host.example:5000/a:v1", Some("all")),
             ("docker://host.example.org/a:v1", Some("all")),
@@ -180,8 +215,9 @@ mod tests {
             ("oci:/images/a", None),
             ("oci:/images/a:tag", None),
             ("oci:/images/../a", Some("all")),
+            ("oci-archive:/x/../a", Some("archives")),
             ("oci:/imagesque", Some("all")),
-            ("oci-archive:/images/a", Some("all")),
+            ("oci-archive:/images/a", Some("archives")),
             ("https://host.example/a:v1", None),
             ("https://host.example:8443/a:v1", Some("all")),
         ] {
