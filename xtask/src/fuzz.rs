@@ -7,9 +7,12 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde::{Deserialize, Serialize};
+use skimmer_bench::probe;
 
 use crate::run;
 
@@ -45,7 +48,11 @@ pub(crate) struct Options {
 /// What a target has run so far.
 #[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Ran {
+    /// By the clock.
     pub(crate) seconds: u64,
+    /// Of a processor: beside other work, less than by the clock.
+    #[serde(default)]
+    pub(crate) cpu_seconds: u64,
     pub(crate) inputs: u64,
     /// Edges of its code that the last run reached.
     pub(crate) edges: u64,
@@ -136,7 +143,13 @@ fn one(program: &Path, name: &str, options: &Options) -> Result<Ran> {
     // Targets that work on files make many of them.
     let scratch = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?;
     command.env("TMPDIR", scratch.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
-    let status = command.status().with_context(|| program.display().to_string())?;
+    let mut child = command.spawn().with_context(|| program.display().to_string())?;
+    let pid = Pid::from_child(&child);
+    // What it used can be read as long as it is not waited for.
+    let ended = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+    let used = ended.map_err(Into::into).and_then(|_| probe::cpu_seconds(child.id()));
+    let status = child.wait()?;
+    let cpu_seconds = Duration::try_from_secs_f64(used.with_context(|| name.to_owned())?)?.as_secs();
     let text = fs::read(&log).with_context(|| log.display().to_string())?;
     let text = String::from_utf8_lossy(&text);
     let Some(inputs) = last_number(&text, "stat::number_of_executed_units:") else {
@@ -144,7 +157,7 @@ fn one(program: &Path, name: &str, options: &Options) -> Result<Ran> {
     };
     let seconds = last_number(&text, "runs in ").unwrap_or(0);
     let edges = last_number(&text, " cov: ").unwrap_or(0);
-    Ok(Ran { seconds, inputs, edges, found: u64::from(!status.success()) })
+    Ok(Ran { seconds, cpu_seconds, inputs, edges, found: u64::from(!status.success()) })
 }
 
 /// The number behind the last `word`; `Done 123 runs in 60 second(s)` is libFuzzer's own closing line.
@@ -177,6 +190,7 @@ fn record(name: &str, ran: Ran) -> Result<()> {
     let before = all.entry(name.to_owned()).or_default();
     *before = Ran {
         seconds: before.seconds + ran.seconds,
+        cpu_seconds: before.cpu_seconds + ran.cpu_seconds,
         inputs: before.inputs + ran.inputs,
         edges: ran.edges,
         found: before.found + ran.found,

@@ -15,5 +15,5 @@ pub use read::{Latency, Read, ReadOptions, read};
 pub use start::{Start, StartOptions, start};
 pub use sum::{Sum, sum};
 pub use sweep::{Sweep, sweep};
-pub use usage::{Usage, usage};
+pub use usage::{Usage, cpu_seconds, usage};
 pub use walk::{Walk, walk};

@@ -40,14 +40,22 @@ pub fn usage(pids: &[u32]) -> Result<Usage> {
     Ok(total)
 }
 
+/// Seconds of CPU that `pid` used, user and system; of one that ended, too, until it is waited for.
+///
+/// # Errors
+/// It is not there.
+pub fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    Ok(cpu_ticks(&stat)? / f64::from(u32::try_from(rustix::param::clock_ticks_per_second())?))
+}
+
 fn of(pid: u32) -> Result<Usage> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let mut usage = Usage {
         rss: field(&status, "VmRSS:")? * 1024.0,
         peak: field(&status, "VmHWM:")? * 1024.0,
         threads: field(&status, "Threads:")?,
-        cpu_seconds: cpu_ticks(&stat)? / f64::from(u32::try_from(rustix::param::clock_ticks_per_second())?),
+        cpu_seconds: cpu_seconds(pid)?,
         ..Usage::default()
     };
     for _ in fs::read_dir(format!("/proc/{pid}/fd"))? {
