@@ -116,8 +116,8 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// A ring with room for `entries` submissions, and buffer memory of `arena_bytes` registered with it. Use it on
-    /// the thread that made it.
+    /// A ring with room for `entries` submissions, and buffer memory of `arena_bytes`, which is registered with it as
+    /// it is used. Use it on the thread that made it.
     pub fn new(entries: u32, arena_bytes: usize) -> io::Result<(Self, Arena)> {
         let (arena, uring) = Arena::new(arena_bytes, |memory| Uring::new(entries, Some(memory)))?;
         let uring = uring?;
@@ -143,9 +143,9 @@ impl Ring {
         self.waker.clone()
     }
 
-    /// Whether writes use registered buffers.
-    pub fn has_registered_buffer(&self) -> bool {
-        self.uring.has_buffer()
+    /// Bytes of buffer memory that are registered: from its beginning, as far as writes have come.
+    pub fn registered_bytes(&self) -> usize {
+        self.uring.registered()
     }
 
     fn arm_waker(&mut self) -> io::Result<()> {

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -18,6 +19,8 @@ use crate::arena::Run;
 
 /// Two megabytes: where a huge page may begin.
 const HUGE: usize = 2 << 20;
+/// More buffer memory than this is not registered in advance.
+const STEP: usize = 8 << 20;
 
 /// An anonymous mapping. Its bytes are reached through [`Piece`]s only.
 struct Mapping {
@@ -105,6 +108,12 @@ impl Piece {
         unsafe { self.mapping.base.as_ptr().add(self.offset) }
     }
 
+    /// Where it lies.
+    fn addresses(&self) -> Range<usize> {
+        let start = self.start().expose_provenance();
+        start..start + self.len
+    }
+
     /// The bytes.
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: the range is mapped, initialised (anonymous memory is zero) and owned by this piece alone; it is
@@ -152,14 +161,16 @@ pub(crate) struct Uring {
     ring: IoUring,
     places: Vec<Place>,
     free: Vec<u32>,
-    /// Addresses of the registered buffer (index 0), empty when there is none.
-    registered: std::ops::Range<usize>,
+    /// Addresses of the buffer memory; empty when none of it can be registered (any more).
+    memory: Range<usize>,
+    /// The first part of it, which is registered (as buffer 0): as much as was written from so far.
+    registered: Range<usize>,
     writes: usize,
 }
 
 impl Uring {
-    /// A ring for `entries` submissions, with `memory`, the whole of the buffer memory, registered when the kernel
-    /// lets us (locked-memory limit). The calling thread must be the one that uses it.
+    /// A ring for `entries` submissions. Of `memory`, the whole of the buffer memory, what is written from will be
+    /// registered when the kernel lets us (locked-memory limit). The calling thread must be the one that uses it.
     pub(crate) fn new(entries: u32, memory: Option<&Piece>) -> io::Result<Self> {
         let ring = IoUring::builder()
             .setup_clamp()
@@ -172,22 +183,46 @@ impl Uring {
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring is older than Linux 5.11"));
         }
-        let mut registered = 0..0;
+        let mut part = 0..0;
         if let Some(memory) = memory {
-            let buffer = libc::iovec { iov_base: memory.start().cast(), iov_len: memory.len };
-            // SAFETY: the range is mapped; the kernel pins its pages for as long as they are registered, so even an
-            // unmap before the ring goes would leave nothing dangling.
-            match unsafe { ring.submitter().register_buffers(&[buffer]) } {
-                Ok(()) => registered = memory.start().addr()..memory.start().addr() + memory.len,
-                Err(error) => tracing::warn!(%error, "buffer memory is not registered with io_uring"),
+            // Before 5.19 there is no sparse table.
+            match ring.submitter().register_buffers_sparse(1) {
+                Ok(()) => part = memory.addresses(),
+                Err(error) => tracing::info!(%error, "io_uring without registered buffers"),
             }
         }
-        Ok(Self { ring, places: Vec::new(), free: Vec::new(), registered, writes: 0 })
+        let registered = part.start..part.start;
+        Ok(Self { ring, places: Vec::new(), free: Vec::new(), memory: part, registered, writes: 0 })
     }
 
-    /// Whether writes use the registered buffer.
-    pub(crate) fn has_buffer(&self) -> bool {
-        !self.registered.is_empty()
+    /// Bytes of buffer memory that are registered.
+    pub(crate) fn registered(&self) -> usize {
+        self.registered.len()
+    }
+
+    /// Registers more of the buffer memory when this run lies behind what is registered. Registering pins the pages, so
+    /// all of it at the start would cost its clearing then, and its size for good.
+    fn reach(&mut self, run: &Run) {
+        let (start, len) = run.span();
+        let Some(end) = start.addr().checked_add(len) else { return };
+        let inside = self.memory.start <= start.addr() && end <= self.memory.end;
+        if !inside || end <= self.registered.end {
+            return;
+        }
+        let had = self.registered.len();
+        let len = (end - self.memory.start).max(had + had.min(STEP));
+        let len = len.next_multiple_of(HUGE).min(self.memory.len());
+        let base = std::ptr::with_exposed_provenance_mut(self.memory.start);
+        let buffer = libc::iovec { iov_base: base, iov_len: len };
+        // SAFETY: the run lies in this mapping and so keeps it; the kernel pins the pages for as long as they are
+        // registered, and what it had pinned before until the writes that use it have ended.
+        match unsafe { self.ring.submitter().register_buffers_update(0, &[buffer], None) } {
+            Ok(()) => self.registered.end = self.memory.start + len,
+            Err(error) => {
+                tracing::warn!(%error, "buffer memory is not registered with io_uring");
+                self.memory = self.registered.clone();
+            }
+        }
     }
 
     /// Makes an empty table of `count` registered files.
@@ -208,6 +243,9 @@ impl Uring {
 
     /// Hands an operation to the kernel; it goes out with the next [`Uring::wait`]. On failure it comes back.
     pub(crate) fn start(&mut self, op: Op) -> Result<(), (Op, io::Error)> {
+        if let Op::Write { run, .. } = &op {
+            self.reach(run);
+        }
         match self.entry(&op) {
             Ok(entry) => self.push(op, entry),
             Err(error) => Err((op, error)),

@@ -34,7 +34,6 @@ fn next_written(ring: &mut Ring) -> (u64, usize, io::Result<()>) {
 #[test]
 fn writes_joined_chunks_with_one_operation() {
     let (mut ring, arena) = Ring::new(8, MANY).unwrap();
-    assert!(ring.has_registered_buffer());
     for register in [false, true] {
         let file = tempfile::tempfile().unwrap();
         let target = ring.file(Arc::new(file.try_clone().unwrap()), register);
@@ -50,6 +49,37 @@ fn writes_joined_chunks_with_one_operation() {
         file.read_exact_at(&mut bytes, 8192).unwrap();
         assert!(bytes[..BLOCK].iter().all(|b| *b == 1) && bytes[BLOCK..].iter().all(|b| *b == 2));
     }
+}
+
+#[test]
+fn buffers_are_registered_as_they_are_used() {
+    const HUGE: usize = 2 << 20;
+    const MOST: usize = 8 * HUGE + 3 * BLOCK;
+    let (mut ring, arena) = Ring::new(64, MOST).unwrap();
+    assert_eq!(ring.registered_bytes(), 0);
+    let file = tempfile::tempfile().unwrap();
+    let target = ring.file(Arc::new(file.try_clone().unwrap()), true);
+    let mut at = 0;
+    let mut registered = Vec::new();
+    // None is waited for: what the kernel reads from stays pinned when more is registered.
+    for fill in 0..8u8 {
+        ring.write(run(&arena, HUGE / BLOCK, fill), &target, at, u64::from(fill));
+        at += u64::try_from(HUGE).unwrap();
+        registered.push(ring.registered_bytes() / HUGE);
+    }
+    assert_eq!(registered, [1, 2, 4, 4, 8, 8, 8, 8]);
+    ring.write(run(&arena, 3, 8), &target, at, 8);
+    assert_eq!(ring.registered_bytes(), MOST);
+    for _ in 0..9 {
+        next_written(&mut ring).2.unwrap();
+    }
+    let mut bytes = vec![0; MOST];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes.chunks(HUGE).zip(0..).all(|(part, fill): (_, u8)| part.iter().all(|byte| *byte == fill)));
+    // A part that was free is given out again, and registered it is.
+    ring.write(run(&arena, 1, 9), &target, 0, 9);
+    next_written(&mut ring).2.unwrap();
+    assert_eq!(ring.registered_bytes(), MOST);
 }
 
 #[test]
