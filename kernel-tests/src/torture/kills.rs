@@ -70,21 +70,54 @@ pub struct Outcome {
     pub errors: u64,
     /// The longest read, milliseconds.
     pub longest_ms: u64,
+    /// The longest that one took after the last kill it waited through, milliseconds.
+    pub after_kill_ms: u64,
     /// The first thing that was wrong, if any.
     pub first: Option<String>,
 }
 
 /// Counts of all readers.
-#[derive(Default)]
 struct Counts {
+    epoch: Instant,
+    /// When the last daemon was killed, microseconds after `epoch`.
+    killed_us: AtomicU64,
     reads: AtomicU64,
     wrong: AtomicU64,
     errors: AtomicU64,
     longest_us: AtomicU64,
+    after_kill_us: AtomicU64,
     first: Mutex<Option<String>>,
 }
 
 impl Counts {
+    fn new() -> Self {
+        let zero = AtomicU64::default;
+        Self {
+            epoch: Instant::now(),
+            killed_us: zero(),
+            reads: zero(),
+            wrong: zero(),
+            errors: zero(),
+            longest_us: zero(),
+            after_kill_us: zero(),
+            first: Mutex::default(),
+        }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// A read that began at `began` has ended now.
+    fn ended(&self, began: u64) {
+        let (end, killed) = (self.now(), self.killed_us.load(Ordering::Relaxed));
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.longest_us.fetch_max(end.saturating_sub(began), Ordering::Relaxed);
+        if killed >= began {
+            self.after_kill_us.fetch_max(end.saturating_sub(killed), Ordering::Relaxed);
+        }
+    }
+
     fn note(&self, what: String) {
         self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
     }
@@ -152,7 +185,7 @@ impl Kills {
     }
 
     fn rounds(&self, supervisor: &Supervisor) -> Result<Outcome> {
-        let counts = Counts::default();
+        let counts = Counts::new();
         let mut random = Random(self.seed);
         let (mut kills, mut keepers, mut mounts, mut misses) = (0, 0, 0, 0);
         let target = self.place.target().to_string_lossy().into_owned();
@@ -180,6 +213,7 @@ impl Kills {
                             std::thread::sleep(Duration::from_millis(random.below(100)));
                         }
                         supervisor.kill()?;
+                        counts.killed_us.store(counts.now(), Ordering::Relaxed);
                         kills += 1;
                     }
                     Ok::<_, anyhow::Error>(())
@@ -201,6 +235,7 @@ impl Kills {
             wrong: counts.wrong.into_inner(),
             errors: counts.errors.into_inner(),
             longest_ms: counts.longest_us.into_inner() / 1000,
+            after_kill_ms: counts.after_kill_us.into_inner() / 1000,
             first: counts.first.into_inner().unwrap_or_else(PoisonError::into_inner),
         })
     }
@@ -282,11 +317,9 @@ fn read(path: &Path, image: u64, mut random: Random, counts: &Counts, stop: &Ato
         let last = (size / block_bytes).saturating_sub(u64::try_from(blocks).unwrap_or(1));
         let first = random.below(last + 1);
         let part = &mut buffer[..blocks * BLOCK];
-        let began = Instant::now();
+        let began = counts.now();
         let result = file.read_exact_at(part, first * block_bytes);
-        let took = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        counts.longest_us.fetch_max(took, Ordering::Relaxed);
-        counts.reads.fetch_add(1, Ordering::Relaxed);
+        counts.ended(began);
         match result {
             Ok(()) => {
                 for (number, bytes) in (first..).zip(part.chunks(BLOCK)) {
