@@ -148,12 +148,14 @@ impl Supervisor {
         Self { stop, pid, thread }
     }
 
-    fn kill(&self) -> Result<()> {
+    /// Whether there was one to kill.
+    fn kill(&self) -> Result<bool> {
         let pid = i32::try_from(self.pid.load(Ordering::Relaxed))?;
         let pid = rustix::process::Pid::from_raw(pid).context("no daemon was started")?;
         match rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
+            Ok(()) => Ok(true),
             // Killed before, and the next one is not there yet.
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(rustix::io::Errno::SRCH) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
     }
@@ -212,8 +214,9 @@ impl Kills {
                             keepers += self.kill_keeper(random.next())?;
                             std::thread::sleep(Duration::from_millis(random.below(100)));
                         }
-                        supervisor.kill()?;
-                        counts.killed_us.store(counts.now(), Ordering::Relaxed);
+                        if supervisor.kill()? {
+                            counts.killed_us.store(counts.now(), Ordering::Relaxed);
+                        }
                         kills += 1;
                     }
                     Ok::<_, anyhow::Error>(())
