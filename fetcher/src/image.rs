@@ -1,22 +1,23 @@
 //! Opening a converted image: from its name to a verified bootstrap and a source of its blobs.
 
+mod bootstrap;
+
 use std::fs::File;
-use std::io::{self, BufReader, Read, Seek as _, SeekFrom, Write as _};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::sync::Arc;
 
+use self::bootstrap::BootstrapLayer;
 use crate::archive::ArchiveError;
 use crate::digest::{Digest, Hasher};
 use crate::layout::LayoutError;
 use crate::local::off_thread as run;
-use crate::oci::{
-    self, BOOTSTRAP_PATH, Descriptor, DocumentError, Flavour, ImageManifest, MAX_CONFIG, Platform,
-};
+use crate::oci::{self, Descriptor, DocumentError, Flavour, ImageManifest, MAX_CONFIG, Platform};
 use crate::place::{Place, Resolved};
 use crate::reference::Reference;
 use crate::registry::RegistryOptions;
 use crate::retry::Backoff;
 use crate::signature::{self, Keys};
-use crate::source::{Blame, BlobRef, Body, Source, SourceError, Urgency};
+use crate::source::{Blame, BlobRef, Body, ErrorClass, Source, SourceError, Urgency};
 
 /// How to open an image.
 #[derive(Clone, Debug)]
@@ -246,16 +247,21 @@ impl Found {
 
     async fn parts(&self) -> Result<(Vec<u8>, Vec<u8>), ImageError> {
         let Self { image, manifest, options, .. } = self;
-        let (config, diff_id) = if options.config || options.chain_id.is_some() {
+        let config = async {
+            if !options.config && options.chain_id.is_none() {
+                return Ok((Vec::new(), None));
+            }
             let blob = image.blob_ref(manifest.config())?;
             let config = image.read_small("config", &blob, MAX_CONFIG).await?;
             let diff_id = image.diff_id(&blob, &config, manifest.layers().len(), options.chain_id)?;
-            (config, Some(diff_id))
-        } else {
-            (Vec::new(), None)
+            Ok((config, Some(diff_id)))
         };
         let layer = manifest.layers().last().expect("a converted image ends with its bootstrap");
-        Ok((config, image.bootstrap(layer, diff_id, options.max_bootstrap).await?))
+        let layer = BootstrapLayer::of(image, layer, options.max_bootstrap)?;
+        // Side by side: each costs a round trip at least.
+        let ((config, diff_id), file) =
+            tokio::try_join!(config, image.spool(BootstrapLayer::PART, &layer.blob))?;
+        Ok((config, layer.unpack(image, file, diff_id).await?))
     }
 }
 
@@ -273,14 +279,6 @@ pub async fn open(reference: &Reference, options: &OpenOptions) -> Result<Remote
 fn chain(diff_ids: &[String]) -> String {
     let ids = diff_ids.iter().cloned();
     ids.reduce(|below, id| Digest::of(format!("{below} {id}").as_bytes()).to_string()).unwrap_or_default()
-}
-
-/// How a layer's tar stream is packed.
-#[derive(Clone, Copy)]
-enum Packing {
-    Plain,
-    Gzip,
-    Zstd,
 }
 
 pub(crate) struct Image {
@@ -363,7 +361,8 @@ impl Image {
         let sender = blame.map_or_else(|| self.source.name().to_owned(), |blame| blame(0..blob.size));
         *turns = turns.saturating_sub(1);
         if *turns == 0 {
-            return Err(self.part(part, blob, format!("its bytes from {sender} are {got}")));
+            let detail = format!("{part} {}: its bytes are {got}", blob.digest);
+            return Err(self.failed(SourceError::new(ErrorClass::Corrupt, sender, detail)));
         }
         tracing::warn!("image {}: {part} {}: its bytes from {sender} are {got}", self.name, blob.digest);
         Ok(())
@@ -405,44 +404,15 @@ impl Image {
         }
     }
 
-    /// Gets the bootstrap layer into an unnamed file, checks it, and extracts the bootstrap.
-    async fn bootstrap(
-        &self,
-        layer: &Descriptor,
-        diff_id: Option<Digest>,
-        cap: u64,
-    ) -> Result<Vec<u8>, ImageError> {
-        const PART: &str = "bootstrap layer";
-        let blob = self.blob_ref(layer)?;
-        let packing = match layer.media_type().as_ref() {
-            "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => {
-                Packing::Plain
-            }
-            "application/vnd.oci.image.layer.v1.tar+gzip"
-            | "application/vnd.docker.image.rootfs.diff.tar.gzip" => Packing::Gzip,
-            "application/vnd.oci.image.layer.v1.tar+zstd"
-            | "application/vnd.docker.image.rootfs.diff.tar.zstd" => Packing::Zstd,
-            other => {
-                let shown: String = other.chars().take(100).collect();
-                return Err(self.part(
-                    PART,
-                    &blob,
-                    format!("media type `{shown}` is not that of a tar layer"),
-                ));
-            }
-        };
-        if blob.size == 0 || blob.size > cap {
-            let problem = format!("{} bytes are none, or more than the {cap} that are read", blob.size);
-            return Err(self.part(PART, &blob, problem));
-        }
-        let file = self.spool(PART, &blob).await?;
-        let extracted = run(move || extract(file, packing, diff_id, cap)).await;
-        extracted.map_err(|problem| self.part(PART, &blob, problem))
-    }
-
     /// Streams a blob into an unnamed file while its digest is computed.
     async fn spool(&self, part: &'static str, blob: &BlobRef) -> Result<File, ImageError> {
-        let local = |error: io::Error| self.part(part, blob, format!("temporary file: {error}"));
+        let local = |error: io::Error| {
+            self.failed(SourceError::new(
+                ErrorClass::Io,
+                "temporary file",
+                format!("{part} {}: {error}", blob.digest),
+            ))
+        };
         let mut file = run(tempfile::tempfile).await.map_err(local)?;
         let mut turns = self.source.width();
         loop {
@@ -464,78 +434,4 @@ impl Image {
             self.wrong(part, blob, got, blame, &mut turns)?;
         }
     }
-}
-
-/// Counts and hashes what passes, and stops a stream that goes on too long.
-struct Counted<R> {
-    inner: R,
-    hasher: Hasher,
-    passed: u64,
-    cap: u64,
-}
-
-impl<R: Read> Read for Counted<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..count]);
-        self.passed = self.passed.saturating_add(u64::try_from(count).map_err(io::Error::other)?);
-        if self.passed > self.cap {
-            return Err(io::Error::other(format!("it unpacks to more than {} bytes", self.cap)));
-        }
-        Ok(count)
-    }
-}
-
-/// Room for the tar headers and per-blob tables beside a bootstrap of the largest size.
-const TAR_ROOM: u64 = 256 << 20;
-
-fn extract(file: File, packing: Packing, diff_id: Option<Digest>, cap: u64) -> Result<Vec<u8>, String> {
-    let file = BufReader::with_capacity(256 * 1024, file);
-    let stream: Box<dyn Read> = match packing {
-        Packing::Plain => Box::new(file),
-        Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
-        Packing::Zstd => {
-            let mut decoder =
-                zstd::stream::read::Decoder::with_buffer(file).map_err(|error| error.to_string())?;
-            // 128 MiB: what every decoder must accept, and no more.
-            decoder.window_log_max(27).map_err(|error| error.to_string())?;
-            Box::new(decoder)
-        }
-    };
-    let stream =
-        Counted { inner: stream, hasher: Hasher::new(), passed: 0, cap: cap.saturating_add(TAR_ROOM) };
-    let mut tar = tar::Archive::new(stream);
-    let mut bootstrap = None;
-    let entries = tar.entries().map_err(|error| error.to_string())?;
-    for entry in entries {
-        let entry = entry.map_err(|error| format!("tar: {error}"))?;
-        if entry.path_bytes().as_ref() != BOOTSTRAP_PATH.as_bytes() {
-            continue;
-        }
-        let at = entry.raw_header_position();
-        if bootstrap.is_some() {
-            return Err(format!("a second `{BOOTSTRAP_PATH}` at byte {at}"));
-        }
-        if entry.header().entry_type() != tar::EntryType::Regular {
-            return Err(format!("`{BOOTSTRAP_PATH}` at byte {at} is no plain file"));
-        }
-        let size = entry.size();
-        if size == 0 || size > cap {
-            return Err(format!("`{BOOTSTRAP_PATH}` at byte {at} has {size} bytes; 1 to {cap} are read"));
-        }
-        // Grown as bytes come, since the header may promise what is not there.
-        let mut bytes = Vec::with_capacity(usize::try_from(size.min(16 << 20)).unwrap_or(0));
-        entry.take(size).read_to_end(&mut bytes).map_err(|error| format!("`{BOOTSTRAP_PATH}`: {error}"))?;
-        if u64::try_from(bytes.len()) != Ok(size) {
-            return Err(format!("`{BOOTSTRAP_PATH}` ends after {} of {size} bytes", bytes.len()));
-        }
-        bootstrap = Some(bytes);
-    }
-    let mut stream = tar.into_inner();
-    io::copy(&mut stream, &mut io::sink()).map_err(|error| error.to_string())?;
-    let got = stream.hasher.finish();
-    if let Some(diff_id) = diff_id.filter(|diff_id| *diff_id != got) {
-        return Err(format!("it unpacks to {got}, the config's DiffID is {diff_id}"));
-    }
-    bootstrap.ok_or_else(|| format!("it has no file `{BOOTSTRAP_PATH}`"))
 }

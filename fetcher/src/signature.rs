@@ -19,7 +19,7 @@ use crate::image::{Image, ImageError};
 use crate::layout::LayoutError;
 use crate::oci::{self, Descriptor, Document, RawManifest};
 use crate::place::{Place, Resolved};
-use crate::source::ErrorClass;
+use crate::source::{ErrorClass, SourceError};
 
 /// Media type of a payload of "simple signing".
 const SIMPLE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
@@ -124,7 +124,14 @@ impl Search<'_> {
 
     async fn read(&mut self, part: &'static str, layer: &Descriptor) -> Option<Vec<u8>> {
         let blob = self.usable(self.image.blob_ref(layer))?;
-        self.usable(self.image.read_small(part, &blob, MAX_SIGNED).await)
+        match self.image.read_small(part, &blob, MAX_SIGNED).await {
+            // Whoever sent them.
+            Err(error @ ImageError::Source { error: SourceError { class: ErrorClass::Corrupt, .. }, .. }) => {
+                self.note(&error.to_string());
+                None
+            }
+            result => self.usable(result),
+        }
     }
 
     async fn payloads(&mut self, digest: &Digest) -> bool {

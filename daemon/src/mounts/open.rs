@@ -128,7 +128,14 @@ impl Mounts {
             .map_err(|_| failed(format!("{}: did not answer within {} s", request.image, limit.as_secs())))?
             .map_err(|error| match error {
                 ImageError::Unsigned { .. } => unsigned(&error),
-                _ => failed(error.to_string()),
+                ImageError::Source { .. } | ImageError::Layout { .. } | ImageError::Archive { .. } => {
+                    failed(error.to_string())
+                }
+                // Asking again would give the same.
+                ImageError::Document { .. }
+                | ImageError::Tree(_)
+                | ImageError::NotConverted { .. }
+                | ImageError::Part { .. } => Failure::new(Kind::BadImage, error.to_string()),
             })?;
         let stored: HashMap<BlobId, u64> =
             remote.blobs.iter().map(|blob| (BlobId::new(*blob.digest.as_bytes()), blob.size)).collect();
