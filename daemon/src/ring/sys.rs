@@ -19,7 +19,7 @@ use crate::arena::Run;
 
 /// Two megabytes: where a huge page may begin.
 const HUGE: usize = 2 << 20;
-/// More buffer memory than this is not registered in advance.
+/// Not more buffer memory than this, or an eighth of it all, is registered in advance.
 const STEP: usize = 8 << 20;
 
 /// An anonymous mapping. Its bytes are reached through [`Piece`]s only.
@@ -210,7 +210,9 @@ impl Uring {
             return;
         }
         let had = self.registered.len();
-        let len = (end - self.memory.start).max(had + had.min(STEP));
+        // What is registered is pinned again each time, so the number of times is bounded, too.
+        let step = STEP.max(self.memory.len() / 8);
+        let len = (end - self.memory.start).max(had + had.min(step));
         let len = len.next_multiple_of(HUGE).min(self.memory.len());
         let base = std::ptr::with_exposed_provenance_mut(self.memory.start);
         let buffer = libc::iovec { iov_base: base, iov_len: len };
