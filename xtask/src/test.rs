@@ -53,18 +53,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     apt::ensure(PACKAGES)?;
     tools::ensure()?;
     if !options.no_lint {
-        step("format");
+        step(start, "format");
         run::check(&mut run::cargo(&["fmt", "--all", "--check"]))?;
-        step("lints");
+        step(start, "lints");
         let lints = ["--workspace", "--all-targets", "--", "-D", "warnings"];
         run::check(run::cargo(&["clippy", "--quiet"]).args(lints))?;
         run::check(&mut run::cargo(&["fmt", "--check", "--manifest-path", "fuzz/Cargo.toml"]))?;
     }
-    step("build");
+    step(start, "build");
     // The programs under test, where the kernel tests look for them.
     run::check(&mut run::cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
 
-    step("documents");
+    step(start, "documents");
     docs::run(&docs::Options { check: true })?;
 
     // Beside the tests and behind them: the machine is idle often enough.
@@ -72,7 +72,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let skips = tempfile::NamedTempFile::new().context("cannot make the list of skipped tests")?;
     let mut totals = Totals::default();
-    step("tests");
+    step(start, "tests");
     let mut tests = run::cargo(&["test", "--no-fail-fast"]);
     if options.package.is_empty() {
         tests.arg("--workspace");
@@ -82,18 +82,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     count(tests.env("SKIMMER_SKIPS", skips.path()), &mut totals)?;
     if options.package.is_empty() {
-        step("tests of the tests: the simulator must notice each broken invariant");
+        step(start, "tests of the tests: the simulator must notice each broken invariant");
         let args = ["test", "--no-fail-fast", "--package", "skimmer-engine", "--features", "mutations"];
         count(
             run::cargo(&args).args(["--test", "mutations"]).env("SKIMMER_SKIPS", skips.path()),
             &mut totals,
         )?;
-        step("fuzz corpora");
+        step(start, "fuzz corpora");
         let args = ["test", "--no-fail-fast", "--manifest-path", "fuzz/Cargo.toml"];
         count(run::cargo(&args).env("CARGO_TARGET_DIR", run::target_dir()), &mut totals)?;
     }
     if let Some(fuzzing) = fuzzing {
-        step("fuzz targets, a minute each, which ran beside the tests");
+        step(start, "fuzz targets, a minute each, which ran beside the tests");
         let output = fuzzing.wait_with_output().context("cannot wait for the fuzz targets")?;
         print!("{}", String::from_utf8_lossy(&output.stdout));
         if output.status.success() {
@@ -133,8 +133,8 @@ fn start_fuzzing() -> Result<Child> {
     command.spawn().with_context(|| format!("cannot run {command:?}"))
 }
 
-fn step(name: &str) {
-    println!("== {name}");
+fn step(start: Instant, name: &str) {
+    println!("== {name} ({} s)", start.elapsed().as_secs());
     // A lost step line must not end the run.
     let _ = std::io::stdout().flush();
 }

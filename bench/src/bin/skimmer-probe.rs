@@ -46,6 +46,13 @@ enum Action {
         /// Where the writes go
         into: PathBuf,
     },
+    /// Download blobs over one connection, decompress, hash and write their chunks
+    Unpack {
+        /// A file of lines: URL, offset, stored length, length and SHA-256 of a chunk
+        plan: PathBuf,
+        /// Where the writes go
+        into: PathBuf,
+    },
     /// Decompress, hash and compress what an image would be built from
     Parts {
         /// An OCI layout or a tree
@@ -83,6 +90,7 @@ fn main() -> Result<()> {
         Action::Sum { directory, without } => serde_json::to_value(probe::sum(&directory, &without)?)?,
         Action::Sweep { directory } => serde_json::to_value(probe::sweep(&directory)?)?,
         Action::Fetch { url, ranges, into } => serde_json::to_value(probe::fetch(&url, &ranges, &into)?)?,
+        Action::Unpack { plan, into } => serde_json::to_value(probe::unpack(&plan, &into)?)?,
         Action::Parts { source, compression } => {
             serde_json::to_value(probe::parts(&source, compression == "zstd")?)?
         }

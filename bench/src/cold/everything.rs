@@ -4,15 +4,19 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use erofs_format::Image;
 use skimmer_vm_images::run as run_command;
 
 use super::contender::{Before, Fresh, Ours, rounds};
 use super::world::{Far, Published, World};
-use crate::contender::LONG;
-use crate::probe::Sum;
+use crate::contender::{LONG, SHORT};
+use crate::probe::{Sum, Unpacked};
 use crate::record::{Better, Place, Unit};
 use crate::run::Bench;
 use crate::scenario::Scenario;
+
+/// The contender that does what no other can do without, and nothing else.
+const PARTS: &str = "parts";
 
 pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &Far) -> Result<()> {
     for image in world.images.iter().filter(|image| far.wants(image)) {
@@ -27,6 +31,7 @@ pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &F
             |bench, contender, at| {
                 let took = match contender {
                     Some(contender) => ours(bench, world, far, image, &contender, at)?,
+                    None if at.1 == PARTS => parts(world, far, image)?,
                     None => download(far, image)?,
                 };
                 report(bench, image, at, took)
@@ -95,5 +100,39 @@ fn download(far: &Far, image: &Published) -> Result<Duration> {
     let got: u64 = sizes.lines().map(|line| line.parse::<u64>().unwrap_or(0)).sum();
     let bytes: u64 = image.blobs.iter().map(|(_, size)| size).sum();
     ensure!(got == bytes, "curl got {got} bytes of {bytes}");
+    Ok(took)
+}
+
+/// The same bytes over one connection, and every chunk of them decompressed, hashed and written, on all processors.
+fn parts(world: &World, far: &Far, image: &Published) -> Result<Duration> {
+    let bootstrap = image.bootstrap()?;
+    let parsed = Image::parse(&bootstrap)?;
+    let (mut plan, mut stored) = (String::new(), 0);
+    for (slot, blob) in parsed.blobs().iter().enumerate() {
+        let digest = format!("sha256:{}", blob.id);
+        let url = far.url(&image.name, &digest);
+        let mut chunks = parsed.chunk_map(slot)?;
+        chunks.sort_by_key(|chunk| chunk.compressed_offset);
+        for chunk in &chunks {
+            let (offset, length, size) =
+                (chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_size);
+            // A digest is written as a blob's is.
+            let digest = erofs_format::BlobId(chunk.digest);
+            plan.push_str(&format!("{url} {offset} {length} {size} {digest}\n"));
+        }
+        // One of which no file is left is not asked for.
+        let published = image.blobs.iter().find(|(name, _)| *name == digest && !chunks.is_empty());
+        stored += published.map_or(0, |(_, size)| *size);
+    }
+    let directory = world.fresh();
+    let (list, into) = (format!("{directory}/plan"), format!("{directory}/file"));
+    world.machine.put(&list, 0o644, plan.as_bytes())?;
+    let probe = format!("{}/skimmer-probe", world.programs);
+    let start = Instant::now();
+    let answer = world.machine.check(&[&probe, "unpack", &list, &into], LONG)?;
+    let took = start.elapsed();
+    let unpacked: Unpacked = serde_json::from_slice(&answer)?;
+    ensure!(unpacked.stored == stored, "{} bytes came of {stored}", unpacked.stored);
+    world.machine.check(&["rm", "-r", &directory], SHORT)?;
     Ok(took)
 }

@@ -2,12 +2,10 @@
 
 use anyhow::{Context, Result};
 use erofs_format::Image;
-use skimmer_fetcher::image::{OpenOptions, open};
-use skimmer_fetcher::reference::Reference;
 
 use super::contender::{Before, Fresh, Ours, rounds};
 use super::world::{FILE, Far, Published, World};
-use crate::contender::{LONG, text};
+use crate::contender::LONG;
 use crate::data::SEED;
 use crate::probe::{Latency, Read};
 use crate::record::{Better, Place, Unit};
@@ -96,10 +94,8 @@ fn raw(
     at: (&Place, &str, u32),
     reads: u64,
 ) -> Result<()> {
-    let reference = Reference::parse_source(&format!("oci:{}", text(&image.converted)?))?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let remote = runtime.block_on(open(&reference, &OpenOptions::default()))?;
-    let parsed = Image::parse(&remote.bootstrap)?;
+    let bootstrap = image.bootstrap()?;
+    let parsed = Image::parse(&bootstrap)?;
     let chunks = parsed.chunk_map(0)?;
     let (digest, _) = image.blobs.first().context("no blob")?;
     // The same step between any two, and none twice: the random reads are as far apart on average.

@@ -12,6 +12,8 @@ use kernel_tests::fixture;
 use kernel_tests::machine::{GuestDisk, GuestSpec, Machine};
 use kernel_tests::registry::Registry;
 use serde_json::Value;
+use skimmer_fetcher::image::{OpenOptions, open};
+use skimmer_fetcher::reference::Reference;
 use skimmer_vm_images::{disk, run};
 use tempfile::TempDir;
 
@@ -41,6 +43,15 @@ pub(super) struct Published {
     pub(super) expected: Option<Sum>,
     /// The layout of the converted image.
     pub(super) converted: PathBuf,
+}
+
+impl Published {
+    /// The bootstrap of the converted image.
+    pub(super) fn bootstrap(&self) -> Result<Vec<u8>> {
+        let reference = Reference::parse_source(&format!("oci:{}", text(&self.converted)?))?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(runtime.block_on(open(&reference, &OpenOptions::default()))?.bootstrap)
+    }
 }
 
 /// Everything that outlives a link.

@@ -6,6 +6,7 @@ mod read;
 mod start;
 mod sum;
 mod sweep;
+mod unpack;
 mod usage;
 mod walk;
 
@@ -15,5 +16,6 @@ pub use read::{Latency, Read, ReadOptions, read};
 pub use start::{Start, StartOptions, start};
 pub use sum::{Sum, sum};
 pub use sweep::{Sweep, sweep};
+pub use unpack::{Unpacked, unpack};
 pub use usage::{Usage, cpu_seconds, usage};
 pub use walk::{Walk, walk};
