@@ -69,7 +69,7 @@ fn fuzzing() -> Result<String> {
     }
     Ok(format!(
         "# Fuzzing\n\nWritten by `cargo xtask docs` from what `cargo xtask fuzz --record` ran so far: {} by the clock, beside \
-         other work; {} of a processor's time, which the first 90 minutes did not count. {} inputs broke a promise. \
+         other work; {} of a processor's time, which the first runs did not count. {} inputs broke a promise. \
          [fuzz/](../fuzz/README.md) says what each target reads.\n\n\
          | target | minutes | processor minutes | inputs | edges reached | found |\n|---|---|---|---|---|---|\n{rows}",
         hours(all.seconds),
