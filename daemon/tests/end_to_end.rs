@@ -178,15 +178,21 @@ async fn the_cache_keeps_its_budget() {
     const BUDGET: u64 = 64 << 20;
     let Some(mut world) = World::start() else { return };
     std::fs::write(world.path("config.toml"), "[cache]\nbudget_mib = 64\n").unwrap();
+    // The last one is larger.
+    let bytes = |number: u32| if number == 6 { 40 << 20 } else { 20 << 20 };
     let mut images = Vec::new();
-    for number in 0..6 {
-        std::fs::write(world.path("tree/file"), content(number, 20 << 20)).unwrap();
+    for number in 0..7 {
+        std::fs::write(world.path("tree/file"), content(number, bytes(number))).unwrap();
         images.push(world.pack(&format!("img{number}")));
     }
     let client = world.start_daemon().await;
     let mut most = 0;
-    for number in [0, 1, 2, 3, 4, 5, 0, 5] {
+    for (turn, number) in [6, 0, 6, 1, 2, 3, 4, 5, 0, 5].into_iter().enumerate() {
         let image = &images[usize::try_from(number).unwrap()];
+        if turn == 2 {
+            let left = largest_blob(&world.path("root/blobs"));
+            assert!(left > 10 << 20 && left < 36 << 20, "{left} bytes are left of 6\n{}", world.log());
+        }
         client.mount(&MountRequest::new(image, world.path("mnt"))).await.unwrap();
         let file = world.path("mnt/file");
         let read = tokio::task::spawn_blocking(move || std::fs::read(file).unwrap());
@@ -194,18 +200,25 @@ async fn the_cache_keeps_its_budget() {
             most = most.max(disk_use(&world.path("root")));
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        assert!(read.await.unwrap() == content(number, 20 << 20), "image {number}\n{}", world.log());
+        assert!(read.await.unwrap() == content(number, bytes(number)), "image {number}\n{}", world.log());
         world.umount(&client, "mnt").await;
         drop_caches();
     }
     assert!(most <= BUDGET, "{most} bytes were used\n{}", world.log());
     let log = world.log();
-    assert!(log.matches("evicted").count() >= 4, "{log}");
+    assert!(log.matches("evicted").count() >= 4 && log.contains("evicted ranges"), "{log}");
     assert!(!log.contains("mounted images need"), "{log}");
     let status = client.status().await.unwrap();
     assert_eq!(status.cache_budget_bytes, BUDGET);
     assert!(status.cache_bytes > 20 << 20, "{status:?}");
     world.assert_all_gone(&client).await;
+}
+
+/// What the largest of the files, by its length, takes of the disk.
+fn largest_blob(dir: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
+    files.max_by_key(std::fs::Metadata::len).unwrap().blocks() * 512
 }
 
 /// What the files below a directory take of the disk.

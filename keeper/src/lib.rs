@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 
 pub mod client;
+pub mod lease;
 mod packet;
 pub mod protocol;
 pub mod server;

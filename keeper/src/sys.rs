@@ -65,11 +65,17 @@ pub(crate) fn ignore_signal(signal: libc::c_int) -> io::Result<()> {
     if previous == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// `F_SETSIG` of `include/uapi/asm-generic/fcntl.h`: which signal a broken lease raises.
+const F_SETSIG: libc::c_int = 10;
+
 /// Takes or gives back a write lease: granted only while no open file but `writer`'s own refers to the file. `EAGAIN`
 /// when there is another. Whoever opens the file meanwhile waits until the lease is given back.
 pub(crate) fn write_lease(writer: BorrowedFd<'_>, take: bool) -> io::Result<()> {
-    let kind = if take { libc::F_WRLCK } else { libc::F_UNLCK };
+    // Ignored by default; SIGIO would kill.
     // SAFETY: the descriptor is open, the argument an integer.
+    check(unsafe { libc::fcntl(writer.as_raw_fd(), F_SETSIG, libc::SIGURG) })?;
+    let kind = if take { libc::F_WRLCK } else { libc::F_UNLCK };
+    // SAFETY: as above.
     check(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETLEASE, kind) }).map(drop)
 }
 

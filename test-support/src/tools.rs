@@ -1,5 +1,5 @@
 //! Programs of the Go and Rust registries that the tests run as real counterparts. `cargo xtask test` installs most of
-//! them, `cargo xtask dragonfly` those that take long to build.
+//! them, `cargo xtask dragonfly` and `cargo xtask deny` those that take long to build.
 
 use std::path::{Path, PathBuf};
 
@@ -52,6 +52,9 @@ pub struct CargoTool {
 /// Dragonfly's daemon of a node.
 pub const DFDAEMON: CargoTool =
     CargoTool { package: "dragonfly-client", version: "1.5.10", name: "dfdaemon" };
+
+/// What checks licences, sources and advisories of the crates that we use.
+pub const DENY: CargoTool = CargoTool { package: "cargo-deny", version: "0.20.2", name: "cargo-deny" };
 
 impl CargoTool {
     /// Where it is kept, as [`GoTool::path`].

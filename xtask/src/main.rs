@@ -5,6 +5,7 @@ mod bench;
 mod bench_ab;
 mod deb;
 mod demo;
+mod deny;
 mod docs;
 mod fuzz;
 mod run;
@@ -22,6 +23,8 @@ enum Command {
     Test(test::Options),
     /// Build Dragonfly's programs for the tests, once: most of an hour.
     Dragonfly,
+    /// Check the dependencies: licences, sources, and known advisories, for which github.com must be reached.
+    Deny,
     /// Write the parts of docs/ that the programs know best.
     Docs(docs::Options),
     /// Make the Debian package.
@@ -42,6 +45,7 @@ fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::Test(options) => test::run(&options),
         Command::Dragonfly => tools::dragonfly(),
+        Command::Deny => deny::run(),
         Command::Docs(options) => docs::run(&options),
         Command::Deb(options) => deb::run(&options),
         Command::Bench(options) => bench::run(&options),

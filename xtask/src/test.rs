@@ -5,9 +5,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use skimmer_test_support::tools::DENY;
 use skimmer_vm_images::apt;
 
-use crate::{docs, fuzz, run, tools};
+use crate::{deny, docs, fuzz, run, tools};
 
 /// Programs of Debian that the tests use as real counterparts and oracles.
 const PACKAGES: &[&str] = &[
@@ -52,6 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     apt::ensure(PACKAGES)?;
     tools::ensure()?;
+    let mut skipped = Vec::new();
     if !options.no_lint {
         step(start, "format");
         run::check(&mut run::cargo(&["fmt", "--all", "--check"]))?;
@@ -59,6 +61,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let lints = ["--workspace", "--all-targets", "--", "-D", "warnings"];
         run::check(run::cargo(&["clippy", "--quiet"]).args(lints))?;
         run::check(&mut run::cargo(&["fmt", "--check", "--manifest-path", "fuzz/Cargo.toml"]))?;
+        step(start, "dependencies");
+        match DENY.path().filter(|path| path.is_file()) {
+            Some(program) => deny::check(&program, deny::OURS)?,
+            None => {
+                skipped.push("dependencies: cargo-deny is missing (cargo xtask deny builds it)".to_owned())
+            }
+        }
     }
     step(start, "build");
     // The programs under test, where the kernel tests look for them.
@@ -104,8 +113,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
     }
 
-    let skipped = std::fs::read_to_string(skips.path()).context("cannot read the list of skipped tests")?;
-    let skipped: Vec<&str> = skipped.lines().filter(|line| !line.is_empty()).collect();
+    let list = std::fs::read_to_string(skips.path()).context("cannot read the list of skipped tests")?;
+    skipped.extend(list.lines().filter(|line| !line.is_empty()).map(str::to_owned));
     for reason in &skipped {
         println!("skipped: {reason}");
     }

@@ -1,10 +1,10 @@
 //! Programs of the Go and Rust registries for the tests, installed once into the user's cache directory.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use skimmer_test_support::tools::{ALL, CargoTool, DFDAEMON, DRAGONFLY, GoTool, SCHEDULER};
+use skimmer_test_support::tools::{ALL, CargoTool, DENY, DFDAEMON, DRAGONFLY, GoTool, SCHEDULER};
 use skimmer_vm_images::apt;
 
 use crate::run;
@@ -12,14 +12,23 @@ use crate::run;
 /// Installs what is missing. Without Go the tests that need it are skipped, and say so.
 pub(crate) fn ensure() -> Result<()> {
     for tool in ALL {
-        let path = tool
-            .path()
-            .context("neither XDG_CACHE_HOME nor HOME is set: no place for the tests' programs")?;
+        let path = tool.path().context(NO_PLACE)?;
         if !path.is_file() {
             install(&tool, &path)?;
         }
     }
     Ok(())
+}
+
+const NO_PLACE: &str = "neither XDG_CACHE_HOME nor HOME is set: no place for the tests' programs";
+
+/// cargo-deny, built where it is missing.
+pub(crate) fn deny() -> Result<PathBuf> {
+    let path = DENY.path().context(NO_PLACE)?;
+    if !path.is_file() {
+        build(&DENY, &path)?;
+    }
+    Ok(path)
 }
 
 /// What dfdaemon is built with, besides Rust.
@@ -28,8 +37,7 @@ const DFDAEMON_NEEDS: &[&str] =
 
 /// Builds Dragonfly's programs where they are missing: most of an hour on two processors.
 pub(crate) fn dragonfly() -> Result<()> {
-    let no_place = "neither XDG_CACHE_HOME nor HOME is set: no place for the tests' programs";
-    let (scheduler, dfdaemon) = (SCHEDULER.path().context(no_place)?, DFDAEMON.path().context(no_place)?);
+    let (scheduler, dfdaemon) = (SCHEDULER.path().context(NO_PLACE)?, DFDAEMON.path().context(NO_PLACE)?);
     if !scheduler.is_file() {
         build_scheduler(&scheduler)?;
     }
@@ -62,7 +70,7 @@ fn build_scheduler(path: &Path) -> Result<()> {
 }
 
 fn build(tool: &CargoTool, path: &Path) -> Result<()> {
-    eprintln!("building {} {} (most of an hour)", tool.package, tool.version);
+    eprintln!("building {} {} (it takes long)", tool.package, tool.version);
     let dir = path.parent().context("a program lies in a directory")?;
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let partial = tempfile::tempdir_in(dir)?;

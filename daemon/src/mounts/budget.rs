@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Failure, Mounts, State};
-use crate::store::held::Item;
+use crate::store::held::{Held, Item};
 
 /// Room that is made ahead of need, so that what is written while something is evicted stays within the budget.
 const ROOM: u64 = 256 << 20;
 /// Growth after which it is looked again when nothing could be evicted before.
 const STEP: u64 = 16 << 20;
+/// Ranges are evicted by this much more than has to go, so that it is not looked again at once.
+const SLACK: u64 = 64 << 20;
 /// How often it is said that the budget cannot be kept.
 const REMIND: Duration = Duration::from_secs(60);
 
@@ -97,17 +99,39 @@ impl Mounts {
             if is_needed(&state, &held.item) {
                 continue;
             }
-            self.store.evict(&held.item)?;
+            let over = used - high;
+            let ranges = self.evict_ranges(&held, over, over.saturating_add(SLACK.min(high / 8)));
+            let bytes = match ranges {
+                Some(freed) => freed,
+                None => self.store.evict(&held.item).map(|()| held.bytes)?,
+            };
             if let Item::Blob(blob) = &held.item {
                 self.set_complete(*blob, false);
             }
             drop(state);
-            used = used.saturating_sub(held.bytes);
-            self.cache.evicted.fetch_add(held.bytes, Ordering::Relaxed);
-            tracing::info!(item = ?held.item, bytes = held.bytes, "evicted");
+            used = used.saturating_sub(bytes);
+            self.cache.evicted.fetch_add(bytes, Ordering::Relaxed);
+            let what = if ranges.is_some() { "evicted ranges of it" } else { "evicted" };
+            tracing::info!(item = ?held.item, bytes, "{what}");
         }
         self.cache.used.store(used, Ordering::Relaxed);
         Ok(used)
+    }
+
+    /// Has a blob that is much larger than what has to go lose its end only; `wanted` bytes of it. `None` when it is not
+    /// so large, or that did not give `over` back.
+    fn evict_ranges(&self, held: &Held, over: u64, wanted: u64) -> Option<u64> {
+        let Item::Blob(blob) = held.item else { return None };
+        if held.bytes / 2 <= wanted {
+            return None;
+        }
+        match self.store.evict_ranges(blob, wanted) {
+            Ok(freed) => (freed >= over).then_some(freed),
+            Err(error) => {
+                tracing::warn!("{error}; all of it goes");
+                None
+            }
+        }
     }
 }
 

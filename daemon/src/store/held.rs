@@ -11,7 +11,7 @@ use super::{Store, StoreError, atomic};
 use crate::blob::BlobId;
 
 /// Bytes of a unit of `st_blocks` (stat(2)).
-const UNIT: u64 = 512;
+pub(super) const UNIT: u64 = 512;
 
 /// Something that the cache can do without, if nothing mounted needs it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

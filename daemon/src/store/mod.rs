@@ -22,6 +22,7 @@ pub mod fscache;
 pub mod held;
 pub mod journal;
 pub mod lock;
+pub mod ranges;
 pub mod ready;
 pub mod records;
 pub mod scrub;
@@ -30,6 +31,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::blob::BlobId;
+use crate::frontend::Mode;
 
 /// Why the store cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +117,17 @@ impl Store {
     /// The sparse file of a blob.
     pub fn blob_path(&self, blob: BlobId) -> PathBuf {
         self.root.join("blobs").join(blob.hex())
+    }
+
+    /// The file that a mode keeps a blob's data in.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]: the kernel takes no such name.
+    pub fn data_path(&self, mode: Mode, blob: BlobId) -> Result<PathBuf, StoreError> {
+        match mode {
+            Mode::Fanotify => Ok(self.blob_path(blob)),
+            Mode::Fscache => self.cache_path(&blob.hex()),
+        }
     }
 
     /// The chunk claims of a blob.

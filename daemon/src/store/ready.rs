@@ -92,6 +92,16 @@ pub fn sector(blob: BlobId, number: u32, bits: &ReadyBits) -> [u8; SECTOR] {
     sector
 }
 
+/// A whole map.
+pub fn encode(identity: &Identity, bits: &ReadyBits) -> Vec<u8> {
+    let mut bytes = header(identity).to_vec();
+    let sectors = bits.words().len().div_ceil(62);
+    for number in (1_u32..).take(sectors) {
+        bytes.extend(sector(identity.blob, number, bits));
+    }
+    bytes
+}
+
 /// Reads a map. Nothing in it is an error: what is not certain is not ready.
 pub fn decode(bytes: &[u8], identity: &Identity) -> Loaded {
     let damaged = |what: String| Loaded { damage: Some(what), ..Loaded::default() };
@@ -160,18 +170,10 @@ mod tests {
         Identity { blob: BlobId::new([7; 32]), size: 1 << 20, inode: 42 }
     }
 
-    fn file(bits: &ReadyBits, sectors: u32) -> Vec<u8> {
-        let mut bytes = header(&identity()).to_vec();
-        for number in 1..=sectors {
-            bytes.extend(sector(identity().blob, number, bits));
-        }
-        bytes
-    }
-
     #[test]
     fn bits_come_back_from_every_sector() {
         let bits: ReadyBits = [0, 1, 63, 64, 3967, 3968, 7935, 9000].into_iter().collect();
-        let loaded = decode(&file(&bits, 3), &identity());
+        let loaded = decode(&encode(&identity(), &bits), &identity());
         assert_eq!(loaded.bits.iter().collect::<Vec<_>>(), bits.iter().collect::<Vec<_>>());
         assert!(loaded.usable && loaded.damage.is_none());
         assert_eq!(sectors_of([0, 3967, 3968, 9000]), BTreeSet::from([1, 2, 3]));
@@ -180,7 +182,7 @@ mod tests {
     #[test]
     fn any_flipped_byte_loses_chunks_and_never_adds_one() {
         let bits: ReadyBits = (0..5000).step_by(3).collect();
-        let good = file(&bits, 2);
+        let good = encode(&identity(), &bits);
         for place in (0..good.len()).step_by(7) {
             let mut bad = good.clone();
             bad[place] ^= 0x10;
@@ -199,7 +201,7 @@ mod tests {
     #[test]
     fn any_length_is_taken() {
         let bits: ReadyBits = (0..8000).collect();
-        let good = file(&bits, 3);
+        let good = encode(&identity(), &bits);
         for length in 0..good.len() {
             let loaded = decode(&good[..length], &identity());
             assert!(loaded.bits.iter().all(|chunk| bits.contains(chunk)));
@@ -215,7 +217,7 @@ mod tests {
             Identity { size: 4096, ..identity() },
             Identity { blob: BlobId::new([8; 32]), ..identity() },
         ] {
-            let loaded = decode(&file(&bits, 1), &other);
+            let loaded = decode(&encode(&identity(), &bits), &other);
             assert!(!loaded.usable && loaded.bits.count() == 0 && loaded.damage.is_some());
         }
     }
@@ -223,7 +225,7 @@ mod tests {
     #[test]
     fn a_sector_that_was_moved_says_nothing() {
         let bits: ReadyBits = [5].into_iter().collect();
-        let mut bytes = file(&ReadyBits::new(), 2);
+        let mut bytes = encode(&identity(), &[BITS_PER_SECTOR].into_iter().collect());
         bytes[1024..1536].copy_from_slice(&sector(identity().blob, 1, &bits));
         let loaded = decode(&bytes, &identity());
         assert_eq!(loaded.bits.count(), 0);

@@ -35,10 +35,7 @@ impl Store {
         blob: BlobId,
         mut each: impl FnMut(u64) -> bool,
     ) -> Result<Option<Scrubbed>, StoreError> {
-        let path = match mode {
-            Mode::Fanotify => self.blob_path(blob),
-            Mode::Fscache => self.cache_path(&blob.hex())?,
-        };
+        let path = self.data_path(mode, blob)?;
         let failed = |error| StoreError::io("cannot read", &path, error);
         let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path) {
             Ok(file) => file,

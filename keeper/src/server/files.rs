@@ -1,11 +1,11 @@
 //! The files whose mark the keeper holds.
 
+use crate::lease::WriteLease;
 use crate::protocol::{Errno, FileId, Fill, Label};
 use crate::server::kept;
 use crate::server::ledger::{FILES_MAX, FileRecord, Ledger};
 use crate::server::log::log;
 use crate::server::present::Present;
-use crate::sys;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno as Sys;
 use skimmer_fanotify::Group;
@@ -243,13 +243,13 @@ impl Files {
         if watched.pending > 0 {
             return Err(Sys::BUSY.into());
         }
-        sys::write_lease(watched.writer.as_fd(), true).map_err(|error| match error.raw_os_error() {
-            Some(libc::EAGAIN) => Sys::BUSY.into(),
-            raw => raw.and_then(Errno::new).unwrap_or(Errno::IO),
-        })?;
-        let unmarked = unmark(group, watched);
-        let _ = sys::write_lease(watched.writer.as_fd(), false);
-        unmarked?;
+        let lease = WriteLease::take(watched.writer.as_fd());
+        let lease = lease.map_err(|error| error.raw_os_error().and_then(Errno::new).unwrap_or(Errno::IO))?;
+        if lease.is_none() {
+            return Err(Sys::BUSY.into());
+        }
+        unmark(group, watched)?;
+        drop(lease);
         self.remove(file);
         Ok(())
     }
