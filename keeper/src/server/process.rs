@@ -26,6 +26,8 @@ pub(crate) fn harden(oom_score_adj: i32) -> io::Result<OwnedFd> {
     block_signals()?;
     let signals = sys::signal_fd(&SIGNALS)?;
     sys::ignore_signal(libc::SIGPIPE)?;
+    // A broken lease raises it, where nobody chose another signal.
+    sys::ignore_signal(libc::SIGIO)?;
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", oom_score_adj.to_string()) {
         log!("oom_score_adj {oom_score_adj}: {error}; the out-of-memory killer may choose this process");
     }
