@@ -1,12 +1,17 @@
-//! What it costs to decode and check a chunk: the part of a miss that keeps a processor busy.
+//! What it costs to decode and check a chunk: the part of a miss that keeps a processor busy, and how much of it is
+//! left when the chunk's last byte has come.
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
 
 use std::hint::black_box;
 use std::io::Write as _;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use skimmer_fetcher::Digest;
-use skimmer_fetcher::chunk::{ChunkDigest, ChunkSpec, Codec, verify};
+use futures_util::{StreamExt as _, stream};
+use skimmer_fetcher::chunk::{ChunkDigest, ChunkSpec, Codec, fetch_from, verify};
+use skimmer_fetcher::{BlobRef, Body, Digest};
 
 /// Bytes of a chunk: a small file's, and a whole one of the default size.
 const SIZES: [u32; 2] = [16_384, 1 << 20];
@@ -70,5 +75,44 @@ fn chunks(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, chunks);
+/// A chunk of the default size that comes in so many pieces: from the last one to the verified chunk.
+fn last_piece(c: &mut Criterion) {
+    let len = SIZES[1];
+    let data = data(len);
+    let stored = Bytes::from(encode(Codec::Zstd, &data));
+    let stored_len = u32::try_from(stored.len()).expect("a chunk is small");
+    let digest = ChunkDigest::Sha256(*Digest::of(&data).as_bytes());
+    let spec = ChunkSpec { stored_offset: 0, stored_len, len, codec: Codec::Zstd, digest };
+    let blob = BlobRef { digest: Digest::of(&stored), size: stored_len.into() };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime without drivers");
+    let mut group = c.benchmark_group("after the last piece");
+    group.throughput(Throughput::Bytes(len.into()));
+    for pieces in [1, 16] {
+        let size = stored.len().div_ceil(pieces);
+        let once = || {
+            let came = Arc::new(Mutex::new(Instant::now()));
+            let arriving = (0..stored.len()).step_by(size).map({
+                let (stored, came) = (stored.clone(), Arc::clone(&came));
+                move |at| {
+                    *came.lock().expect("nothing panics") = Instant::now();
+                    Ok(stored.slice(at..stored.len().min(at + size)))
+                }
+            });
+            let arriving = stream::iter(arriving).boxed();
+            let body = Body::new("memory", &blob, 0..stored_len.into(), None, arriving);
+            let mut verified = 0;
+            let plan = vec![(spec, vec![0; data.len()])];
+            let result =
+                runtime.block_on(fetch_from("memory", &blob, body, plan, |_, _| verified += 1, drop));
+            assert!(result.is_ok() && verified == 1, "{result:?}");
+            came.lock().expect("nothing panics").elapsed()
+        };
+        group.bench_function(BenchmarkId::new("pieces", pieces), |b| {
+            b.iter_custom(|times| (0..times).map(|_| once()).sum::<Duration>());
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, chunks, last_piece);
 criterion_main!(benches);

@@ -1,11 +1,12 @@
 //! One range read that covers a plan of chunks; each chunk is handed over while later bytes arrive.
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Buf as _, Bytes};
 use futures_util::StreamExt as _;
 use futures_util::future::Either;
 use futures_util::stream::FuturesUnordered;
 
-use super::{ChunkError, ChunkPlace, ChunkSpec, Codec, FetchError, Verified, fits, seal, verify};
+use super::arriving::Arriving;
+use super::{ChunkError, ChunkPlace, ChunkSpec, FetchError, Verified, fits};
 use crate::cpu;
 use crate::source::{BlobRef, Body, Source, Urgency};
 
@@ -13,52 +14,6 @@ use crate::source::{BlobRef, Body, Source, Urgency};
 const INLINE_LEN: u32 = 32 * 1024;
 /// Chunks being decoded on other threads at one time. Bounds what a fast source can pile up.
 const DECODING: usize = 8;
-
-/// A chunk whose stored bytes are arriving.
-enum Arriving<B> {
-    /// Stored raw: bytes go straight to their place.
-    Raw { buffer: B, filled: usize },
-    /// Compressed: collected until whole, unless one piece holds all of it.
-    Coded { buffer: B, stored: Bytes, more: BytesMut },
-}
-
-impl<B: AsMut<[u8]>> Arriving<B> {
-    fn new(spec: &ChunkSpec, buffer: B) -> Self {
-        match spec.codec {
-            Codec::None => Self::Raw { buffer, filled: 0 },
-            _ => Self::Coded { buffer, stored: Bytes::new(), more: BytesMut::new() },
-        }
-    }
-
-    /// Adds the next stored bytes. The caller never gives more than the chunk has.
-    fn add(&mut self, spec: &ChunkSpec, piece: Bytes) {
-        match self {
-            Self::Raw { buffer, filled } => {
-                let end = *filled + piece.len();
-                buffer.as_mut()[*filled..end].copy_from_slice(&piece);
-                *filled = end;
-            }
-            Self::Coded { stored, more, .. } if stored.is_empty() && more.is_empty() => {
-                // `check` has bounded the stored length by the chunk's length.
-                if u64::try_from(piece.len()) != Ok(u64::from(spec.stored_len)) {
-                    more.reserve(usize::try_from(spec.stored_len).unwrap_or(0));
-                    more.extend_from_slice(&piece);
-                } else {
-                    *stored = piece;
-                }
-            }
-            Self::Coded { more, .. } => more.extend_from_slice(&piece),
-        }
-    }
-
-    fn check(self, spec: &ChunkSpec) -> Result<Verified<B>, ChunkError> {
-        match self {
-            Self::Raw { buffer, filled } => seal(spec, buffer, filled),
-            Self::Coded { buffer, stored, more } if more.is_empty() => verify(spec, &stored, buffer),
-            Self::Coded { buffer, more, .. } => verify(spec, &more, buffer),
-        }
-    }
-}
 
 type Checked<B> = (usize, Result<Verified<B>, ChunkError>);
 
@@ -173,13 +128,15 @@ where
                 break; // each buffer is taken once, by its own index
             };
             let wanted = clamp(spec.stored_end() - position, piece.len());
-            chunk.add(spec, piece.slice(..wanted));
+            // The last one: for all others there is more to wait for, and more processors than this.
+            let soon = index + 1 == specs.len() && spec.len > INLINE_LEN;
+            chunk.add(spec, piece.slice(..wanted), soon);
             position += advance(&mut piece, wanted);
             if position < spec.stored_end() {
                 arriving = Some(chunk);
                 continue;
             }
-            if spec.len.max(spec.stored_len) <= INLINE_LEN {
+            if spec.len.max(spec.stored_len) <= INLINE_LEN || chunk.is_decoded(spec) {
                 finish((index, chunk.check(spec)));
             } else {
                 while decoding.len() >= DECODING {

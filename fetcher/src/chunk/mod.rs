@@ -3,6 +3,7 @@
 //! [`verify`] is the only maker of a [`Verified`] buffer, so holding one proves that its bytes matched the
 //! digest of the trusted chunk map.
 
+mod arriving;
 mod decode;
 mod fetch;
 
@@ -220,15 +221,26 @@ pub fn verify<B: AsMut<[u8]>>(
 
 /// Checks the digest of bytes that already lie decoded at the front of `buffer`.
 fn seal<B: AsMut<[u8]>>(spec: &ChunkSpec, mut buffer: B, len: usize) -> Result<Verified<B>, ChunkError> {
-    let (chunk, padding) = buffer.as_mut().split_at_mut(len);
-    let (expected, got) = match spec.digest {
-        ChunkDigest::Blake3(expected) => (expected, *blake3::hash(chunk).as_bytes()),
-        ChunkDigest::Sha256(expected) => (expected, *crate::Digest::of(chunk).as_bytes()),
+    let chunk = &buffer.as_mut()[..len];
+    let got = match spec.digest {
+        ChunkDigest::Blake3(_) => *blake3::hash(chunk).as_bytes(),
+        ChunkDigest::Sha256(_) => *crate::Digest::of(chunk).as_bytes(),
     };
+    sealed(spec, buffer, len, got)
+}
+
+/// Compares the digest `got` of the first `len` bytes of `buffer`, which nobody has changed since.
+fn sealed<B: AsMut<[u8]>>(
+    spec: &ChunkSpec,
+    mut buffer: B,
+    len: usize,
+    got: [u8; 32],
+) -> Result<Verified<B>, ChunkError> {
+    let (ChunkDigest::Blake3(expected) | ChunkDigest::Sha256(expected)) = spec.digest;
     if expected != got {
         return Err(ChunkError::Digest { got: hex::encode(got), expected: hex::encode(expected) });
     }
-    padding.fill(0);
+    buffer.as_mut()[len..].fill(0);
     Ok(Verified { buffer, len })
 }
 

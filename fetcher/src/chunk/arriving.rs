@@ -1,0 +1,286 @@
+//! A chunk whose stored bytes are arriving.
+
+use std::sync::LazyLock;
+
+use bytes::{Bytes, BytesMut};
+use sha2::Digest as _;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use zstd::stream::raw::{DParameter, Decoder, Operation as _};
+
+use super::{ChunkDigest, ChunkError, ChunkSpec, Codec, Verified, seal, sealed, verify};
+
+/// Chunks longer than this are decoded only when they are whole: what a decoder keeps grows with what it decodes.
+const EARLY_LEN: u32 = 4 << 20;
+
+/// As many decoders of chunks that are still arriving as there are processors.
+static EARLY: LazyLock<Semaphore> =
+    LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+
+/// Collects a chunk's stored bytes.
+pub(super) enum Arriving<B> {
+    /// Stored raw: bytes go straight to their place.
+    Raw { buffer: B, filled: usize },
+    /// Compressed: collected until whole, unless one piece holds all of it.
+    Coded { buffer: B, stored: Bytes, more: BytesMut, early: Option<Box<Early>> },
+}
+
+impl<B: AsMut<[u8]>> Arriving<B> {
+    pub(super) fn new(spec: &ChunkSpec, buffer: B) -> Self {
+        match spec.codec {
+            Codec::None => Self::Raw { buffer, filled: 0 },
+            _ => Self::Coded { buffer, stored: Bytes::new(), more: BytesMut::new(), early: None },
+        }
+    }
+
+    /// Adds the next stored bytes. The caller never gives more than the chunk has. `soon`: nothing is left to do once
+    /// the chunk is there, so it is worth decoding what has come while the rest is on its way.
+    pub(super) fn add(&mut self, spec: &ChunkSpec, piece: Bytes, soon: bool) {
+        match self {
+            Self::Raw { buffer, filled } => {
+                let end = *filled + piece.len();
+                buffer.as_mut()[*filled..end].copy_from_slice(&piece);
+                *filled = end;
+            }
+            Self::Coded { buffer, stored, more, early } => {
+                if more.is_empty() {
+                    // `check` has bounded the stored length by the chunk's length.
+                    if u64::try_from(piece.len()) == Ok(u64::from(spec.stored_len)) {
+                        *stored = piece;
+                        return;
+                    }
+                    more.reserve(usize::try_from(spec.stored_len).unwrap_or(0));
+                    *early = if soon { Early::new(spec).map(Box::new) } else { None };
+                }
+                // Kept even so: one decoder decides what a chunk is that this one does not like.
+                more.extend_from_slice(&piece);
+                if early.as_mut().is_some_and(|early| early.feed(&piece, spec, buffer.as_mut()).is_none()) {
+                    *early = None;
+                }
+            }
+        }
+    }
+
+    /// Whether the chunk, which is whole, has been decoded on its way.
+    pub(super) fn is_decoded(&self, spec: &ChunkSpec) -> bool {
+        matches!(self, Self::Coded { early: Some(early), .. } if early.is_whole(spec))
+    }
+
+    pub(super) fn check(self, spec: &ChunkSpec) -> Result<Verified<B>, ChunkError> {
+        match self {
+            Self::Raw { buffer, filled } => seal(spec, buffer, filled),
+            Self::Coded { buffer, early: Some(early), .. } if early.is_whole(spec) => {
+                let len = early.filled;
+                sealed(spec, buffer, len, early.hasher.finish())
+            }
+            Self::Coded { buffer, stored, more, .. } if more.is_empty() => verify(spec, &stored, buffer),
+            Self::Coded { buffer, more, .. } => verify(spec, &more, buffer),
+        }
+    }
+}
+
+/// Decodes and hashes a zstd chunk as far as its bytes have come.
+pub(super) struct Early {
+    decoder: Decoder<'static>,
+    hasher: Hasher,
+    filled: usize,
+    /// No frame is open.
+    ended: bool,
+    _turn: SemaphorePermit<'static>,
+}
+
+impl Early {
+    /// Nothing when the chunk is not for this, or enough others are at it.
+    fn new(spec: &ChunkSpec) -> Option<Self> {
+        if spec.codec != Codec::Zstd || spec.len > EARLY_LEN {
+            return None;
+        }
+        let turn = EARLY.try_acquire().ok()?;
+        let mut decoder = Decoder::new().ok()?;
+        // No chunk needs to look back over more than itself; a window takes memory.
+        let window = spec.len.next_power_of_two().ilog2().max(10);
+        decoder.set_parameter(DParameter::WindowLogMax(window)).ok()?;
+        Some(Self { decoder, hasher: Hasher::of(spec.digest), filled: 0, ended: false, _turn: turn })
+    }
+
+    /// Decodes the next bytes behind what has been decoded into `buffer`; nothing when that fails or is too much.
+    fn feed(&mut self, mut piece: &[u8], spec: &ChunkSpec, buffer: &mut [u8]) -> Option<()> {
+        let room = buffer.get_mut(..usize::try_from(spec.len).ok()?)?;
+        loop {
+            let free = &mut room[self.filled..];
+            let step = self.decoder.run_on_buffers(piece, free).ok()?;
+            self.hasher.add(&free[..step.bytes_written]);
+            self.filled += step.bytes_written;
+            piece = &piece[step.bytes_read..];
+            self.ended = step.remaining == 0;
+            if piece.is_empty() && (self.ended || step.bytes_written == 0) {
+                return Some(());
+            }
+            if step.bytes_read == 0 && step.bytes_written == 0 {
+                return None;
+            }
+        }
+    }
+
+    fn is_whole(&self, spec: &ChunkSpec) -> bool {
+        self.ended && u64::try_from(self.filled) == Ok(u64::from(spec.len))
+    }
+}
+
+enum Hasher {
+    Blake3(Box<blake3::Hasher>),
+    Sha256(sha2::Sha256),
+}
+
+impl Hasher {
+    fn of(digest: ChunkDigest) -> Self {
+        match digest {
+            ChunkDigest::Blake3(_) => Self::Blake3(Box::default()),
+            ChunkDigest::Sha256(_) => Self::Sha256(sha2::Sha256::new()),
+        }
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Blake3(hasher) => {
+                hasher.update(bytes);
+            }
+            Self::Sha256(hasher) => hasher.update(bytes),
+        }
+    }
+
+    fn finish(self) -> [u8; 32] {
+        match self {
+            Self::Blake3(hasher) => *hasher.finalize().as_bytes(),
+            Self::Sha256(hasher) => hasher.finalize().into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    /// Text of little repetition, so that what is stored comes in several pieces.
+    fn data(len: usize) -> Vec<u8> {
+        let mut state = 1_u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            b"etaoinshrdlu \n.,"[usize::try_from(state >> 60).unwrap()]
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    fn spec(stored: &[u8], data: &[u8]) -> ChunkSpec {
+        ChunkSpec {
+            stored_offset: 0,
+            stored_len: u32::try_from(stored.len()).unwrap(),
+            len: u32::try_from(data.len()).unwrap(),
+            codec: Codec::Zstd,
+            digest: ChunkDigest::Sha256(*crate::Digest::of(data).as_bytes()),
+        }
+    }
+
+    /// Whether it was decoded on its way, and what became of it.
+    fn arrive(
+        spec: &ChunkSpec,
+        stored: &[u8],
+        piece: usize,
+    ) -> (bool, Result<Verified<Vec<u8>>, ChunkError>) {
+        let room = usize::try_from(spec.len.next_multiple_of(4096)).unwrap();
+        let mut chunk = Arriving::new(spec, vec![0x55; room + 4096]);
+        for piece in stored.chunks(piece) {
+            chunk.add(spec, Bytes::copy_from_slice(piece), true);
+        }
+        (chunk.is_decoded(spec), chunk.check(spec))
+    }
+
+    /// The tests of this crate share the turns.
+    fn all_turns() -> std::sync::MutexGuard<'static, ()> {
+        static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    #[test]
+    fn a_chunk_is_decoded_while_it_arrives() {
+        let _alone = all_turns();
+        let data = data(300_000);
+        let stored = zstd::bulk::compress(&data, 3).unwrap();
+        for digest in [
+            ChunkDigest::Sha256(*crate::Digest::of(&data).as_bytes()),
+            ChunkDigest::Blake3(*blake3::hash(&data).as_bytes()),
+        ] {
+            let spec = ChunkSpec { digest, ..spec(&stored, &data) };
+            for piece in [1, 1000, 65_536, stored.len() - 1] {
+                let (early, result) = arrive(&spec, &stored, piece);
+                let verified = result.unwrap();
+                assert!(early && verified.bytes() == data, "pieces of {piece}");
+                assert!(verified.padded()[data.len()..].iter().all(|byte| *byte == 0));
+            }
+        }
+        let spec = spec(&stored, &data);
+        let (early, result) = arrive(&spec, &stored, stored.len());
+        assert!(!early && result.is_ok(), "one piece that holds all has nothing to wait for");
+    }
+
+    #[test]
+    fn what_is_wrong_is_refused_as_it_is_when_whole() {
+        let _alone = all_turns();
+        let data = data(100_000);
+        let stored = zstd::bulk::compress(&data, 3).unwrap();
+        let good = spec(&stored, &data);
+        let same = |spec: &ChunkSpec, stored: &[u8], what: &str| {
+            let whole = verify(spec, stored, vec![0x55; 1 << 17]).map(drop);
+            for piece in [1, 777, 40_000] {
+                assert_eq!(arrive(spec, stored, piece).1.map(drop), whole, "{what}, pieces of {piece}");
+            }
+            whole
+        };
+        for at in (0..stored.len()).step_by(997) {
+            let mut changed = stored.clone();
+            changed[at] ^= 0x40;
+            same(&good, &changed, &format!("byte {at}")).unwrap_err();
+        }
+        for len in [good.len - 1, good.len + 1] {
+            same(&ChunkSpec { len, ..good }, &stored, "another size").unwrap_err();
+        }
+        let cut = &stored[..stored.len() - 1];
+        same(&ChunkSpec { stored_len: good.stored_len - 1, ..good }, cut, "cut").unwrap_err();
+        // Two frames are one chunk to the other decoder, so they are to this one.
+        let (first, second) = data.split_at(33_333);
+        let two =
+            [zstd::bulk::compress(first, 3).unwrap(), zstd::bulk::compress(second, 3).unwrap()].concat();
+        same(&spec(&two, &data), &two, "two frames").unwrap();
+        let bomb = zstd::bulk::compress(&vec![9; 64 << 20], 3).unwrap();
+        same(&ChunkSpec { len: 100_000, ..spec(&bomb, &data) }, &bomb, "a bomb").unwrap_err();
+    }
+
+    #[test]
+    fn a_window_larger_than_the_chunk_waits_for_the_whole() {
+        let _alone = all_turns();
+        let data = data(100_000);
+        let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
+        encoder.window_log(27).unwrap();
+        encoder.write_all(&data).unwrap();
+        let stored = encoder.finish().unwrap();
+        let (early, result) = arrive(&spec(&stored, &data), &stored, 10_000);
+        assert!(!early && result.unwrap().bytes() == data);
+    }
+
+    #[test]
+    fn only_so_many_are_decoded_on_their_way() {
+        let _alone = all_turns();
+        let data = data(100_000);
+        let stored = zstd::bulk::compress(&data, 3).unwrap();
+        let spec = spec(&stored, &data);
+        let busy: Vec<_> = std::iter::from_fn(|| Early::new(&spec)).take(10_000).collect();
+        assert!(busy.len() <= std::thread::available_parallelism().unwrap().get());
+        let (early, result) = arrive(&spec, &stored, 10_000);
+        assert!(!early && result.unwrap().bytes() == data);
+        drop(busy);
+        assert!(arrive(&spec, &stored, 10_000).0);
+        let long = ChunkSpec { len: EARLY_LEN + 1, ..spec };
+        assert!(Early::new(&long).is_none());
+    }
+}
