@@ -183,6 +183,14 @@ impl<'a> Node<'a> {
         Ok(())
     }
 
+    /// Asks for all of a mounted image, and does not wait for it.
+    ///
+    /// # Errors
+    /// It fails: the message holds what skimmer said.
+    pub fn prefetch(&self, target: &str) -> Result<()> {
+        self.skimmer(&["prefetch", target]).map(|_| ())
+    }
+
     /// What was read and fetched through a mount that was made with `--record`, as `skimmer recording` prints it.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ pub(super) struct Fresh<'a> {
     world: &'a World,
     mode: String,
     tag: &'static str,
+    prefetch: bool,
     node: Node<'a>,
     directory: String,
 }
@@ -65,6 +66,8 @@ pub(super) struct Ours {
     programs: String,
     /// Which form of the images it mounts.
     tag: &'static str,
+    /// Whether all of an image is asked for before it is read.
+    prefetch: bool,
 }
 
 /// Tag of converted images, and of those optimized by a trace of their program's start.
@@ -75,14 +78,16 @@ impl Ours {
     /// What the name of a contender stands for; nothing when it is not ours.
     pub(super) fn of(world: &World, contender: &str) -> Option<Self> {
         if let Some((_, programs)) = world.variants.iter().find(|(name, _)| name == contender) {
-            return Some(Ours { mode: "fanotify".to_owned(), programs: programs.clone(), tag: PLAIN });
+            let (mode, programs) = ("fanotify".to_owned(), programs.clone());
+            return Some(Ours { mode, programs, tag: PLAIN, prefetch: false });
         }
-        let mode = contender.strip_prefix("skimmer-")?;
-        let (mode, tag) = match mode.strip_suffix("-traced") {
-            Some(mode) => (mode, TRACED),
-            None => (mode, PLAIN),
+        let name = contender.strip_prefix("skimmer-")?;
+        let (mode, tag, prefetch) = match name.split_once('-') {
+            Some((mode, "traced")) => (mode, TRACED, false),
+            Some((mode, "prefetch")) => (mode, PLAIN, true),
+            _ => (name, PLAIN, false),
         };
-        Some(Ours { mode: mode.to_owned(), programs: world.programs.clone(), tag })
+        Some(Ours { mode: mode.to_owned(), programs: world.programs.clone(), tag, prefetch })
     }
 
     /// Why it cannot run on this machine.
@@ -141,7 +146,7 @@ impl<'a> Fresh<'a> {
         let mut node = Node::new(&world.machine, &ours.programs, &agent, &run, &root)?;
         node.plain_http();
         node.start_daemon()?;
-        Ok(Fresh { world, mode: ours.mode.clone(), tag: ours.tag, node, directory })
+        Ok(Fresh { world, mode: ours.mode.clone(), tag: ours.tag, prefetch: ours.prefetch, node, directory })
     }
 
     /// Mounts an image; gives the mount point and the time that took.
@@ -152,6 +157,11 @@ impl<'a> Fresh<'a> {
         let start = Instant::now();
         self.node.mount(&reference, &point, &self.mode).with_context(|| self.node.log())?;
         Ok((point, start.elapsed()))
+    }
+
+    /// Asks for all of the image at `point` where the contender does so.
+    pub(super) fn prefetch(&self, point: &str) -> Result<()> {
+        if self.prefetch { self.node.prefetch(point) } else { Ok(()) }
     }
 
     /// Mounts a layout, runs `work` at the mount point, and gives the exact recording of what that read.
