@@ -11,6 +11,7 @@ use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futures_util::{StreamExt as _, stream};
 use skimmer_fetcher::chunk::{ChunkDigest, ChunkSpec, Codec, fetch_from, verify};
+use skimmer_fetcher::source::Urgency;
 use skimmer_fetcher::{BlobRef, Body, Digest};
 
 /// Bytes of a chunk: a small file's, and a whole one of the default size.
@@ -101,9 +102,11 @@ fn last_piece(c: &mut Criterion) {
             let arriving = stream::iter(arriving).boxed();
             let body = Body::new("memory", &blob, 0..stored_len.into(), None, arriving);
             let mut verified = 0;
-            let plan = vec![(spec, vec![0; data.len()])];
-            let result =
-                runtime.block_on(fetch_from("memory", &blob, body, plan, |_, _| verified += 1, drop));
+            // Memory that has been used, as the daemon's is.
+            let plan = vec![(spec, vec![0x55; data.len()])];
+            let fetched =
+                fetch_from("memory", &blob, (body, Urgency::Demand), plan, |_, _| verified += 1, drop);
+            let result = runtime.block_on(fetched);
             assert!(result.is_ok() && verified == 1, "{result:?}");
             came.lock().expect("nothing panics").elapsed()
         };

@@ -219,7 +219,7 @@ async fn fetch(
                 after.give(body);
             }
         };
-        chunk::fetch_from(source.name(), &blob, body, plan, on_chunk, hand_over).await
+        chunk::fetch_from(source.name(), &blob, (body, urgency), plan, on_chunk, hand_over).await
     }
     .await;
     let end = Instant::now();

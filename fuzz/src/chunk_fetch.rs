@@ -5,7 +5,7 @@ use std::ops::Range;
 use arbitrary::{Result, Unstructured};
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use skimmer_fetcher::chunk::{self, ChunkError, ChunkSpec, FetchError};
+use skimmer_fetcher::chunk::{self, ChunkError, ChunkSpec, Codec, FetchError};
 use skimmer_fetcher::source::Urgency;
 use skimmer_fetcher::{BlobRef, Body, Digest, ErrorClass, Source, SourceError};
 
@@ -107,6 +107,10 @@ fn attempt(source: &Scripted, blob: &BlobRef, specs: &[ChunkSpec]) -> std::resul
         assert!(!std::mem::replace(&mut seen[index], true), "chunk {index} handed over twice");
         let len = u32::try_from(verified.len()).expect("chunks are small here");
         assert_eq!(len, specs[index].len);
+        let (stored_offset, stored_len, codec) = (0, len, Codec::None);
+        let again = ChunkSpec { stored_offset, stored_len, codec, ..specs[index] };
+        chunk::verify(&again, verified.bytes(), vec![0; verified.padded().len()])
+            .expect("what is handed over has the chunk's digest");
         assert!(verified.padded()[verified.len()..].iter().all(|byte| *byte == 0));
     }));
     match &result {

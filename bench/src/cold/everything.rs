@@ -64,7 +64,7 @@ fn ours(
     let before = Before::now(far)?;
     let probe = format!("{}/skimmer-probe", world.programs);
     let start = Instant::now();
-    fresh.prefetch(&point)?;
+    fresh.prefetch(&point).with_context(|| fresh.log())?;
     world.machine.check(&[&probe, "sweep", &point], LONG).with_context(|| fresh.log())?;
     let took = start.elapsed();
     let (place, name, round) = at;

@@ -97,6 +97,10 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
         scenario.custom.is_empty() || spec.measure == Measure::Start,
         "only cold scenarios that measure starts take [[custom]] contenders"
     );
+    ensure!(
+        spec.measure == Measure::Everything || !scenario.names().any(|name| name.ends_with("-prefetch")),
+        "only cold scenarios that measure everything take contenders that prefetch"
+    );
     let links = match &spec.quick_links {
         Some(links) if bench.quick() => links,
         _ => &spec.links,

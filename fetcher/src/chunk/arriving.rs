@@ -16,6 +16,9 @@ const EARLY_LEN: u32 = 4 << 20;
 static EARLY: LazyLock<Semaphore> =
     LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
 
+/// Stored bytes that are decoded at one go: what a task may keep its thread from others for.
+const STEP: usize = 64 * 1024;
+
 /// Collects a chunk's stored bytes.
 pub(super) enum Arriving<B> {
     /// Stored raw: bytes go straight to their place.
@@ -33,7 +36,7 @@ impl<B: AsMut<[u8]>> Arriving<B> {
     }
 
     /// Adds the next stored bytes. The caller never gives more than the chunk has. `soon`: nothing is left to do once
-    /// the chunk is there, so it is worth decoding what has come while the rest is on its way.
+    /// the chunk is there, so it is worth decoding what has come while the rest is on its way, by [`Self::advance`].
     pub(super) fn add(&mut self, spec: &ChunkSpec, piece: Bytes, soon: bool) {
         match self {
             Self::Raw { buffer, filled } => {
@@ -41,7 +44,7 @@ impl<B: AsMut<[u8]>> Arriving<B> {
                 buffer.as_mut()[*filled..end].copy_from_slice(&piece);
                 *filled = end;
             }
-            Self::Coded { buffer, stored, more, early } => {
+            Self::Coded { stored, more, early, .. } => {
                 if more.is_empty() {
                     // `check` has bounded the stored length by the chunk's length.
                     if u64::try_from(piece.len()) == Ok(u64::from(spec.stored_len)) {
@@ -53,22 +56,35 @@ impl<B: AsMut<[u8]>> Arriving<B> {
                 }
                 // Kept even so: one decoder decides what a chunk is that this one does not like.
                 more.extend_from_slice(&piece);
-                if early.as_mut().is_some_and(|early| early.feed(&piece, spec, buffer.as_mut()).is_none()) {
-                    *early = None;
-                }
             }
         }
     }
 
-    /// Whether the chunk, which is whole, has been decoded on its way.
-    pub(super) fn is_decoded(&self, spec: &ChunkSpec) -> bool {
-        matches!(self, Self::Coded { early: Some(early), .. } if early.is_whole(spec))
+    /// Decodes a step of what has come; whether there is more of it.
+    pub(super) fn advance(&mut self, spec: &ChunkSpec) -> bool {
+        let Self::Coded { buffer, more, early, .. } = self else { return false };
+        let Some(decoder) = early else { return false };
+        let end = more.len().min(decoder.fed.saturating_add(STEP));
+        if decoder.feed(&more[decoder.fed..end], spec, buffer.as_mut()).is_none() {
+            *early = None;
+            return false;
+        }
+        decoder.fed = end;
+        end < more.len()
     }
 
-    pub(super) fn check(self, spec: &ChunkSpec) -> Result<Verified<B>, ChunkError> {
+    /// Whether the chunk, which is whole, has been decoded on its way, and rightly so.
+    pub(super) fn is_decoded(&mut self, spec: &ChunkSpec) -> bool {
+        let Self::Coded { early, .. } = self else { return false };
+        *early = early.take().filter(|early| early.is_whole(spec));
+        early.is_some()
+    }
+
+    pub(super) fn check(mut self, spec: &ChunkSpec) -> Result<Verified<B>, ChunkError> {
+        self.is_decoded(spec);
         match self {
             Self::Raw { buffer, filled } => seal(spec, buffer, filled),
-            Self::Coded { buffer, early: Some(early), .. } if early.is_whole(spec) => {
+            Self::Coded { buffer, early: Some(early), .. } => {
                 let len = early.filled;
                 sealed(spec, buffer, len, early.hasher.finish())
             }
@@ -78,10 +94,13 @@ impl<B: AsMut<[u8]>> Arriving<B> {
     }
 }
 
-/// Decodes and hashes a zstd chunk as far as its bytes have come.
+/// Decodes and hashes a zstd chunk as far as its bytes have come. It may take odd framing around the right bytes that
+/// the decoder of whole chunks refuses; what it does not take, that one is asked about.
 pub(super) struct Early {
     decoder: Decoder<'static>,
     hasher: Hasher,
+    /// Stored bytes that it has had.
+    fed: usize,
     filled: usize,
     /// No frame is open.
     ended: bool,
@@ -99,7 +118,7 @@ impl Early {
         // No chunk needs to look back over more than itself; a window takes memory.
         let window = spec.len.next_power_of_two().ilog2().max(10);
         decoder.set_parameter(DParameter::WindowLogMax(window)).ok()?;
-        Some(Self { decoder, hasher: Hasher::of(spec.digest), filled: 0, ended: false, _turn: turn })
+        Some(Self { decoder, hasher: Hasher::of(spec.digest), fed: 0, filled: 0, ended: false, _turn: turn })
     }
 
     /// Decodes the next bytes behind what has been decoded into `buffer`; nothing when that fails or is too much.
@@ -121,11 +140,17 @@ impl Early {
         }
     }
 
+    /// Whether it has had the whole chunk, and what came of it has the chunk's length and digest.
     fn is_whole(&self, spec: &ChunkSpec) -> bool {
-        self.ended && u64::try_from(self.filled) == Ok(u64::from(spec.len))
+        let (ChunkDigest::Blake3(expected) | ChunkDigest::Sha256(expected)) = spec.digest;
+        self.ended
+            && u64::try_from(self.fed) == Ok(u64::from(spec.stored_len))
+            && u64::try_from(self.filled) == Ok(u64::from(spec.len))
+            && self.hasher.clone().finish() == expected
     }
 }
 
+#[derive(Clone)]
 enum Hasher {
     Blake3(Box<blake3::Hasher>),
     Sha256(sha2::Sha256),
@@ -192,6 +217,7 @@ mod tests {
         let mut chunk = Arriving::new(spec, vec![0x55; room + 4096]);
         for piece in stored.chunks(piece) {
             chunk.add(spec, Bytes::copy_from_slice(piece), true);
+            while chunk.advance(spec) {}
         }
         (chunk.is_decoded(spec), chunk.check(spec))
     }
@@ -222,6 +248,34 @@ mod tests {
         let spec = spec(&stored, &data);
         let (early, result) = arrive(&spec, &stored, stored.len());
         assert!(!early && result.is_ok(), "one piece that holds all has nothing to wait for");
+        let mut chunk = Arriving::new(&spec, vec![0; 1 << 19]);
+        let (first, last) = stored.split_at(1000);
+        chunk.add(&spec, Bytes::copy_from_slice(first), true);
+        assert!(!chunk.advance(&spec));
+        chunk.add(&spec, Bytes::copy_from_slice(last), true);
+        let steps = std::iter::repeat_with(|| chunk.advance(&spec)).take_while(|more| *more).count();
+        assert_eq!(steps, last.len().div_ceil(STEP) - 1, "a long piece in steps");
+        assert!(chunk.check(&spec).unwrap().bytes() == data);
+    }
+
+    /// A frame with a window of its own and a checksum, that does not say how long it is.
+    fn framed(data: &[u8], window_log: u32) -> Vec<u8> {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
+        encoder.window_log(window_log).unwrap();
+        encoder.include_checksum(true).unwrap();
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    /// What becomes of `stored`, which is the same whole and in pieces; `early`: whether it is decoded on its way.
+    fn same(spec: &ChunkSpec, stored: &[u8], early: bool, what: &str) -> Result<(), ChunkError> {
+        let whole = verify(spec, stored, vec![0x55; 1 << 17]).map(drop);
+        for piece in [1, 777, 40_000] {
+            let (decoded, result) = arrive(spec, stored, piece);
+            assert_eq!(decoded, early, "{what}, pieces of {piece}");
+            assert_eq!(result.map(drop), whole, "{what}, pieces of {piece}");
+        }
+        whole
     }
 
     #[test]
@@ -230,42 +284,46 @@ mod tests {
         let data = data(100_000);
         let stored = zstd::bulk::compress(&data, 3).unwrap();
         let good = spec(&stored, &data);
-        let same = |spec: &ChunkSpec, stored: &[u8], what: &str| {
-            let whole = verify(spec, stored, vec![0x55; 1 << 17]).map(drop);
-            for piece in [1, 777, 40_000] {
-                assert_eq!(arrive(spec, stored, piece).1.map(drop), whole, "{what}, pieces of {piece}");
-            }
-            whole
-        };
         for at in (0..stored.len()).step_by(997) {
             let mut changed = stored.clone();
             changed[at] ^= 0x40;
-            same(&good, &changed, &format!("byte {at}")).unwrap_err();
+            same(&good, &changed, false, &format!("byte {at}")).unwrap_err();
         }
         for len in [good.len - 1, good.len + 1] {
-            same(&ChunkSpec { len, ..good }, &stored, "another size").unwrap_err();
+            same(&ChunkSpec { len, ..good }, &stored, false, "another size").unwrap_err();
         }
         let cut = &stored[..stored.len() - 1];
-        same(&ChunkSpec { stored_len: good.stored_len - 1, ..good }, cut, "cut").unwrap_err();
-        // Two frames are one chunk to the other decoder, so they are to this one.
+        let short = ChunkSpec { stored_len: good.stored_len - 1, ..good };
+        same(&short, cut, false, "cut").unwrap_err();
+        let trailing = [&stored[..], b"more"].concat();
+        same(&spec(&trailing, &data), &trailing, false, "more behind it").unwrap_err();
+        // Of a window that fits, so that it is the bytes that are too many.
+        let bomb = framed(&vec![9; 64 << 20], 12);
+        same(&ChunkSpec { len: 100_000, ..spec(&bomb, &data) }, &bomb, false, "a bomb").unwrap_err();
+    }
+
+    #[test]
+    fn odd_frames_are_taken_as_they_are_when_whole() {
+        let _alone = all_turns();
+        let data = data(100_000);
         let (first, second) = data.split_at(33_333);
         let two =
             [zstd::bulk::compress(first, 3).unwrap(), zstd::bulk::compress(second, 3).unwrap()].concat();
-        same(&spec(&two, &data), &two, "two frames").unwrap();
-        let bomb = zstd::bulk::compress(&vec![9; 64 << 20], 3).unwrap();
-        same(&ChunkSpec { len: 100_000, ..spec(&bomb, &data) }, &bomb, "a bomb").unwrap_err();
+        same(&spec(&two, &data), &two, true, "two frames").unwrap();
+        // What it looks back over has left the decoder's window several times.
+        let small = framed(&data, 10);
+        same(&spec(&small, &data), &small, true, "a small window").unwrap();
+        let mut changed = small;
+        *changed.last_mut().unwrap() ^= 1;
+        same(&spec(&changed, &data), &changed, false, "a wrong checksum").unwrap_err();
     }
 
     #[test]
     fn a_window_larger_than_the_chunk_waits_for_the_whole() {
         let _alone = all_turns();
         let data = data(100_000);
-        let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
-        encoder.window_log(27).unwrap();
-        encoder.write_all(&data).unwrap();
-        let stored = encoder.finish().unwrap();
-        let (early, result) = arrive(&spec(&stored, &data), &stored, 10_000);
-        assert!(!early && result.unwrap().bytes() == data);
+        let stored = framed(&data, 27);
+        same(&spec(&stored, &data), &stored, false, "a large window").unwrap();
     }
 
     #[test]

@@ -36,7 +36,7 @@ where
     // A plan that makes no sense is refused before anything is asked for.
     check_plan(blob, &plan)?;
     let body = source.read(blob, range, Urgency::Demand).await?;
-    fetch_from(source.name(), blob, body, plan, on_chunk, drop).await
+    fetch_from(source.name(), blob, (body, Urgency::Demand), plan, on_chunk, drop).await
 }
 
 /// The stored bytes from the start of the plan's first chunk to the end of its last.
@@ -45,13 +45,14 @@ pub fn stored_range<B>(plan: &[(ChunkSpec, B)]) -> Option<std::ops::Range<u64>> 
     Some(first.0.stored_offset..last.0.stored_end())
 }
 
-/// As [`fetch`], from a body that has begun: it stands at or before the plan's first chunk and reaches its last.
+/// As [`fetch`], from a body that has begun: it stands at or before the plan's first chunk and reaches its last. If
+/// somebody waits for it, the last chunk is decoded while it arrives.
 ///
 /// When the plan's last byte has come, and the body goes on, `on_rest` gets it, while chunks may still be decoded.
 pub async fn fetch_from<B>(
     name: &str,
     blob: &BlobRef,
-    mut body: Body,
+    (mut body, urgency): (Body, Urgency),
     plan: Vec<(ChunkSpec, B)>,
     mut on_chunk: impl FnMut(usize, Verified<B>) + Send,
     on_rest: impl FnOnce(Body) + Send,
@@ -128,9 +129,12 @@ where
                 break; // each buffer is taken once, by its own index
             };
             let wanted = clamp(spec.stored_end() - position, piece.len());
-            // The last one: for all others there is more to wait for, and more processors than this.
-            let soon = index + 1 == specs.len() && spec.len > INLINE_LEN;
+            // The last one, if somebody waits: for all others there is more to wait for, and more processors than this.
+            let soon = urgency == Urgency::Demand && index + 1 == specs.len() && spec.len > INLINE_LEN;
             chunk.add(spec, piece.slice(..wanted), soon);
+            while chunk.advance(spec) {
+                tokio::task::yield_now().await;
+            }
             position += advance(&mut piece, wanted);
             if position < spec.stored_end() {
                 arriving = Some(chunk);

@@ -1,7 +1,7 @@
 //! Chunks: the unit of compression, of digest, and of trust.
 //!
-//! [`verify`] is the only maker of a [`Verified`] buffer, so holding one proves that its bytes matched the
-//! digest of the trusted chunk map.
+//! [`verify`] and [`fetch`] are the only makers of a [`Verified`] buffer, so holding one proves that its bytes matched
+//! the digest of the trusted chunk map.
 
 mod arriving;
 mod decode;
@@ -229,7 +229,8 @@ fn seal<B: AsMut<[u8]>>(spec: &ChunkSpec, mut buffer: B, len: usize) -> Result<V
     sealed(spec, buffer, len, got)
 }
 
-/// Compares the digest `got` of the first `len` bytes of `buffer`, which nobody has changed since.
+/// Compares the digest `got` of the first `len` bytes of `buffer`, which nobody has changed since: the only place where
+/// a [`Verified`] is made, and its callers are trusted with `got`.
 fn sealed<B: AsMut<[u8]>>(
     spec: &ChunkSpec,
     mut buffer: B,
