@@ -181,7 +181,7 @@ about = "a"
 rounds = 1
 machines = ["host"]
 reference = "raw"
-contenders = ["raw", "skimmer-fanotify", "skimmer-fscache"]
+contenders = ["raw", "parts", "skimmer-fanotify", "skimmer-fscache"]
 
 [cold]
 measure = "misses"
@@ -197,7 +197,7 @@ fn cold_misses_are_measured_beside_raw_requests() {
     }
     let outcome = run("cold-test", COLD, None);
     assert!(outcome.result.is_ok(), "{:#}", outcome.result.as_ref().unwrap_err());
-    for contender in ["raw", "skimmer-fanotify"] {
+    for contender in ["raw", "parts", "skimmer-fanotify"] {
         // No read can be quicker than the link.
         assert!(outcome.samples(contender, "latency p50")[0] > 0.004, "{contender}");
         let requests = outcome.samples(contender, "requests")[0];
@@ -205,6 +205,34 @@ fn cold_misses_are_measured_beside_raw_requests() {
         assert!(outcome.samples(contender, "bytes moved")[0] > 1e6, "{contender}");
     }
     assert!(outcome.samples("skimmer-fanotify", "peak memory")[0] > 1e6);
+}
+
+#[test]
+fn a_cold_sweep_is_measured_in_every_form() {
+    if skipped("a_cold_sweep_is_measured_in_every_form") {
+        return;
+    }
+    let text = r#"
+        title = "t"
+        about = "a"
+        rounds = 1
+        machines = ["host"]
+        reference = "raw"
+        contenders = ["raw", "parts", "skimmer-fanotify", "skimmer-fanotify-slots-prefetch"]
+        [cold]
+        measure = "everything"
+        images = ["perl"]
+        links = [{ mbit = 1000, rtt_ms = 1 }]
+    "#;
+    let outcome = run("everything-test", text, None);
+    assert!(outcome.result.is_ok(), "{:#}", outcome.result.as_ref().unwrap_err());
+    let moved = |contender| outcome.samples(contender, "bytes moved")[0];
+    // The same tree, so about the same bytes; the contents were compared.
+    let (plain, slots) = (moved("skimmer-fanotify"), moved("skimmer-fanotify-slots-prefetch"));
+    assert!((0.8..1.25).contains(&(slots / plain)), "{slots} bytes instead of {plain}");
+    for contender in ["raw", "parts"] {
+        assert!(outcome.samples(contender, "time")[0] > 0.0, "{contender}");
+    }
 }
 
 #[test]

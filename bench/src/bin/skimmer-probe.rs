@@ -41,7 +41,7 @@ enum Action {
     Fetch {
         /// Where they come from
         url: String,
-        /// A file of lines: offset, length, and bytes to write
+        /// A file of lines: offset, length, bytes to write, and perhaps the SHA-256 of what is compressed in it
         ranges: PathBuf,
         /// Where the writes go
         into: PathBuf,

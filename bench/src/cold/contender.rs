@@ -70,9 +70,15 @@ pub(super) struct Ours {
     prefetch: bool,
 }
 
-/// Tag of converted images, and of those optimized by a trace of their program's start.
+/// Tag of converted images, of those optimized by a trace of their program's start, and of those in more layers.
 pub(super) const PLAIN: &str = "skimmer";
 pub(super) const TRACED: &str = "traced";
+pub(super) const SLOTS: &str = "slots";
+
+/// Whether a contender is for reading all of an image only.
+pub(super) fn whole(name: &str) -> bool {
+    ["-slots", "-prefetch"].iter().any(|form| name.ends_with(form))
+}
 
 impl Ours {
     /// What the name of a contender stands for; nothing when it is not ours.
@@ -85,6 +91,8 @@ impl Ours {
         let (mode, tag, prefetch) = match name.split_once('-') {
             Some((mode, "traced")) => (mode, TRACED, false),
             Some((mode, "prefetch")) => (mode, PLAIN, true),
+            Some((mode, "slots")) => (mode, SLOTS, false),
+            Some((mode, "slots-prefetch")) => (mode, SLOTS, true),
             _ => (name, PLAIN, false),
         };
         Some(Ours { mode: mode.to_owned(), programs: world.programs.clone(), tag, prefetch })

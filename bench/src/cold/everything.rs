@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use erofs_format::Image;
+use erofs_format::{BlobId, Image};
 use skimmer_vm_images::run as run_command;
 
 use super::contender::{Before, Fresh, Ours, rounds};
@@ -14,9 +14,6 @@ use crate::probe::{Sum, Unpacked};
 use crate::record::{Better, Place, Unit};
 use crate::run::Bench;
 use crate::scenario::Scenario;
-
-/// The contender that does what no other can do without, and nothing else.
-const PARTS: &str = "parts";
 
 pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &Far) -> Result<()> {
     for image in world.images.iter().filter(|image| far.wants(image)) {
@@ -31,7 +28,7 @@ pub(super) fn run(bench: &mut Bench, scenario: &Scenario, world: &World, far: &F
             |bench, contender, at| {
                 let took = match contender {
                     Some(contender) => ours(bench, world, far, image, &contender, at)?,
-                    None if at.1 == PARTS => parts(world, far, image)?,
+                    None if at.1 == super::PARTS => parts(world, far, image)?,
                     None => download(far, image)?,
                 };
                 report(bench, image, at, took)
@@ -118,7 +115,7 @@ fn parts(world: &World, far: &Far, image: &Published) -> Result<Duration> {
             let (offset, length, size) =
                 (chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_size);
             // A digest is written as a blob's is.
-            let digest = erofs_format::BlobId(chunk.digest);
+            let digest = BlobId(chunk.digest);
             plan.push_str(&format!("{url} {offset} {length} {size} {digest}\n"));
         }
         // One of which no file is left is not asked for.

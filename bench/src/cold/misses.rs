@@ -1,7 +1,7 @@
 //! Single blocks, each in a chunk that nobody has read, against one ranged request and one direct write of a chunk.
 
 use anyhow::{Context, Result};
-use erofs_format::Image;
+use erofs_format::{BlobId, Image};
 
 use super::contender::{Before, Fresh, Ours, rounds};
 use super::world::{FILE, Far, Published, World};
@@ -30,7 +30,7 @@ pub(super) fn run(
         |_| None,
         |bench, contender, at| match contender {
             Some(contender) => ours(bench, world, far, image, &contender, at, reads),
-            None => raw(bench, world, far, image, at, reads),
+            None => raw(bench, world, far, image, at, (reads, at.1 == super::PARTS)),
         },
     )
 }
@@ -85,14 +85,14 @@ fn ours(
 }
 
 /// What a miss cannot do without: the stored chunk by one ranged request over a connection that stays, and a direct
-/// write of the chunk's size.
+/// write of the chunk's size; with `verified` decompressed and hashed between the two.
 fn raw(
     bench: &mut Bench,
     world: &World,
     far: &Far,
     image: &Published,
     at: (&Place, &str, u32),
-    reads: u64,
+    (reads, verified): (u64, bool),
 ) -> Result<()> {
     let bootstrap = image.bootstrap()?;
     let parsed = Image::parse(&bootstrap)?;
@@ -106,7 +106,9 @@ fn raw(
         let chunk = &chunks[index * step % count];
         let (offset, stored, size) =
             (chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_size);
-        ranges.push_str(&format!("{offset} {stored} {size}\n"));
+        // A digest is written as a blob's is.
+        let digest = if verified { format!(" {}", BlobId(chunk.digest)) } else { String::new() };
+        ranges.push_str(&format!("{offset} {stored} {size}{digest}\n"));
     }
     let directory = world.fresh();
     world.machine.put(&format!("{directory}/ranges"), 0o644, ranges.as_bytes())?;

@@ -3,6 +3,7 @@
 mod contender;
 mod everything;
 mod misses;
+mod slots;
 mod start;
 mod world;
 
@@ -14,6 +15,9 @@ use serde::Deserialize;
 use crate::link::Shape;
 use crate::run::Bench;
 use crate::scenario::Scenario;
+
+/// The contender that does what no other can do without, and nothing else.
+const PARTS: &str = "parts";
 
 /// The scenario's table `[cold]`.
 #[derive(Clone, Debug, Deserialize)]
@@ -98,8 +102,8 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
         "only cold scenarios that measure starts take [[custom]] contenders"
     );
     ensure!(
-        spec.measure == Measure::Everything || !scenario.names().any(|name| name.ends_with("-prefetch")),
-        "only cold scenarios that measure everything take contenders that prefetch"
+        spec.measure == Measure::Everything || !scenario.names().any(contender::whole),
+        "only cold scenarios that measure everything take contenders that prefetch or have more slots"
     );
     let links = match &spec.quick_links {
         Some(links) if bench.quick() => links,
@@ -119,8 +123,9 @@ pub fn run(bench: &mut Bench, scenario: &Scenario, spec: &Spec, machine: &str) -
         Measure::Start | Measure::Everything => {
             ensure!(!images.is_empty(), "`images` is empty");
             for image in images {
-                let traced = machine == "host" && scenario.names().any(|name| name.ends_with("-traced"));
-                world.publish(bench, image, traced)?;
+                let wanted = |form: &str| scenario.names().any(|name| name.ends_with(form));
+                let traced = machine == "host" && wanted("-traced");
+                world.publish(bench, image, traced, wanted("-slots") || wanted("-slots-prefetch"))?;
             }
         }
     }

@@ -18,7 +18,8 @@ use skimmer_vm_images::{disk, run};
 use tempfile::TempDir;
 
 use super::LinkSpec;
-use super::contender::{Fresh, Ours, PLAIN, TRACED};
+use super::contender::{Fresh, Ours, PLAIN, SLOTS, TRACED};
+use super::slots;
 use crate::contender::{SHORT, guest_programs, text};
 use crate::content;
 use crate::data::SEED;
@@ -111,19 +112,26 @@ impl World {
     }
 
     /// Converts an image of Debian packages and puts both forms into the registry.
-    pub(super) fn publish(&mut self, bench: &Bench, name: &str, traced: bool) -> Result<()> {
+    pub(super) fn publish(&mut self, bench: &Bench, name: &str, traced: bool, split: bool) -> Result<()> {
         bench.check()?;
         println!("  publishing {name}");
         let program = debian_image::find(name)?;
         let layout = debian_image::prepare(program)?;
         let source = format!("oci:{}:{}", text(&layout)?, debian_image::TAG);
         let converted = self.scratch.path().join(format!("{name}.converted"));
-        run(Command::new(bench.program("skimmer")).args(["convert", "--quiet", &source]).arg(&converted))?;
+        convert(bench, &source, &converted)?;
         let unpacked = self.scratch.path().join(format!("{name}.unpacked"));
         let root = fixture::unpack(&layout, debian_image::TAG, &unpacked)?;
         let expected = probe::sum(&root, &[])?;
-        fs::remove_dir_all(&unpacked)?;
         let registry = self.local_registry()?;
+        if split {
+            let layout = self.scratch.path().join(format!("{name}.layers"));
+            slots::split(&root, &layout)?;
+            let converted = self.scratch.path().join(format!("{name}.slots"));
+            convert(bench, &format!("oci:{}:{}", text(&layout)?, debian_image::TAG), &converted)?;
+            push(bench, &registry, &converted, &format!("{name}:{SLOTS}"))?;
+        }
+        fs::remove_dir_all(&unpacked)?;
         let original = format!("docker://{}", registry.reference(&format!("{name}:original")));
         run(Command::new("skopeo").args(["copy", "-q", "--dest-tls-verify=false", &source, &original]))?;
         push(bench, &registry, &converted, &format!("{name}:{PLAIN}"))?;
@@ -221,6 +229,10 @@ impl Far {
     pub(super) fn url(&self, image: &str, digest: &str) -> String {
         format!("http://{}/v2/{image}/blobs/{digest}", self.registry.borrow().address())
     }
+}
+
+fn convert(bench: &Bench, source: &str, into: &std::path::Path) -> Result<()> {
+    run(Command::new(bench.program("skimmer")).args(["convert", "--quiet", source]).arg(into)).map(drop)
 }
 
 fn push(bench: &Bench, registry: &Registry, converted: &std::path::Path, name: &str) -> Result<()> {

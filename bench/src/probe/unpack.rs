@@ -145,17 +145,8 @@ fn work(queue: &Mutex<Receiver<Work>>, file: &File) -> Result<()> {
         };
         // Stored as it is when compression does not pay.
         let bytes = if stored.len() == size { stored } else { decompressor.decompress(&stored, size)? };
-        let got = Sha256::digest(&bytes);
-        ensure!(
-            hex(&got) == digest,
-            "the chunk at {offset} has {} bytes of digest {}",
-            bytes.len(),
-            hex(&got)
-        );
+        let got = hex::encode(Sha256::digest(&bytes));
+        ensure!(got == digest, "the chunk at {offset} has {} bytes of digest {got}", bytes.len());
         file.write_all_at(&bytes, place)?;
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
