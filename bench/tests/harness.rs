@@ -21,6 +21,8 @@ static ONE: Mutex<()> = Mutex::new(());
 struct Outcome {
     result: Result<Vec<Line>, anyhow::Error>,
     lines: Vec<Line>,
+    /// What benchmark runs had left when this one began.
+    before: Vec<String>,
     _one: MutexGuard<'static, ()>,
 }
 
@@ -37,6 +39,7 @@ fn skipped(test: &str) -> bool {
 /// Runs a scenario in a quick run of one round; the flag interrupts it after `interrupt`.
 fn run(name: &str, text: &str, interrupt: Option<Duration>) -> Outcome {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = made();
     let scenario = Scenario::parse(name, text).unwrap();
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let programs: PathBuf = programs().unwrap()[0].parent().unwrap().to_owned();
@@ -60,7 +63,7 @@ fn run(name: &str, text: &str, interrupt: Option<Duration>) -> Outcome {
     let result = Bench::new(options, Run::default(), flag).unwrap().run(&[scenario]);
     let lines = report::read(&results.join("results.jsonl")).unwrap();
     assert!(report::write(&lines, &results).unwrap().is_file());
-    let outcome = Outcome { result, lines, _one: one };
+    let outcome = Outcome { result, lines, before, _one: one };
     outcome.nothing_is_left();
     outcome
 }
@@ -70,23 +73,33 @@ fn output(program: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// The mounts, loop devices, keepers and network namespaces of benchmark runs.
+fn made() -> Vec<String> {
+    let works = ["warm-", "cold-", "density-", "build-"]
+        .map(|kind| skimmer_vm_images::cache::root().unwrap().join("work").join(kind));
+    let mut made = Vec::new();
+    for (program, args) in [
+        ("cat", ["/proc/self/mounts"].as_slice()),
+        ("losetup", &["-a"]),
+        ("pgrep", &["-af", "keeper.sock"]),
+        ("ip", &["netns", "list"]),
+    ] {
+        let text = output(program, args);
+        let ours = text.lines().filter(|line| {
+            line.contains(&format!("skimmer-bench-{}-", std::process::id()))
+                || works.iter().any(|work| line.contains(work.to_str().unwrap()))
+        });
+        made.extend(ours.map(str::to_owned));
+    }
+    made
+}
+
 impl Outcome {
-    /// Everything that a run makes lies below a folder `work`, or is named after this process.
+    /// Everything that a run makes is named after its work folder or after this process; what another run left, ended
+    /// by force, is not this one's.
     fn nothing_is_left(&self) {
-        for kind in ["warm-", "cold-", "density-", "build-"] {
-            let work = skimmer_vm_images::cache::root().unwrap().join("work").join(kind);
-            let work = work.to_str().unwrap().to_owned();
-            for (program, args) in [
-                ("cat", vec!["/proc/self/mounts"]),
-                ("losetup", vec!["-a"]),
-                ("pgrep", vec!["-af", "keeper.sock"]),
-            ] {
-                let text = output(program, &args);
-                assert!(!text.contains(&work), "left behind: {text}");
-            }
-        }
-        let spaces = output("ip", &["netns", "list"]);
-        assert!(!spaces.contains(&format!("skimmer-bench-{}-", std::process::id())), "left behind: {spaces}");
+        let left: Vec<_> = made().into_iter().filter(|line| !self.before.contains(line)).collect();
+        assert!(left.is_empty(), "left behind: {left:#?}");
     }
 
     fn samples(&self, contender: &str, metric: &str) -> Vec<f64> {

@@ -51,7 +51,7 @@ fn fetch(mut u: Unstructured<'_>) -> Result<()> {
     for _ in 0..count {
         let (codec, digest) = coding(&mut u)?;
         let stored_len = u32::from(u.arbitrary::<u16>()?) % 2048;
-        let len = if codec == chunk::Codec::None { stored_len } else { u.arbitrary::<u16>()?.into() };
+        let len = if codec == Codec::None { stored_len } else { u.arbitrary::<u16>()?.into() };
         // Mostly in order with a hole now and then; odd plans must be refused.
         let stored_offset = match u.arbitrary::<u8>()? {
             0 => u.arbitrary()?,
