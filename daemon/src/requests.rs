@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use skimmer_fetcher::Digest;
 use skimmer_fetcher::chunk::ChunkSpec;
-use skimmer_fetcher::source::Body;
+use skimmer_fetcher::source::{Body, Urgency};
 use tokio::sync::oneshot;
 
 use crate::arena::Slab;
@@ -18,8 +18,11 @@ use crate::fetch::Order;
 
 /// Stored bytes that are rather read and thrown away than paid for with a request of their own.
 const SKIP: u64 = 1 << 20;
-/// How long a body waits for the flight that takes it over.
+/// How long a body waits for the flight that takes it over, if a read opened it: the reader may have gone elsewhere.
 const IDLE: Duration = Duration::from_secs(2);
+/// If nobody waits for it: as long as the other blobs of a prefetch take for their turns. What it was sent meanwhile
+/// would be sent again.
+const TURN: Duration = Duration::from_secs(15);
 /// How long one waits that was asked for before the blob was known.
 const AHEAD: Duration = Duration::from_secs(30);
 /// Bodies that may wait at once; each holds a connection.
@@ -33,6 +36,8 @@ struct Entry {
     /// Where in the stored blob it will stand, and where it ends.
     position: u64,
     until: u64,
+    /// How long it waits for the flight that takes it over.
+    idle: Duration,
     body: oneshot::Receiver<Body>,
 }
 
@@ -43,14 +48,17 @@ struct Table {
 }
 
 impl Table {
-    fn add(&mut self, blob: Digest, source: String, range: Range<u64>, body: oneshot::Receiver<Body>) -> u64 {
+    fn is_full(&self) -> bool {
+        self.entries.len() >= MOST
+    }
+
+    fn add(&mut self, entry: Entry) -> u64 {
         let number = self.next;
         self.next += 1;
-        if self.entries.len() >= MOST {
+        if self.is_full() {
             self.entries.remove(0);
         }
-        let Range { start: position, end: until } = range;
-        self.entries.push(Entry { number, blob, source, position, until, body });
+        self.entries.push(Entry { number, ..entry });
         number
     }
 }
@@ -111,6 +119,7 @@ impl Share {
 /// Takes what is left of a body.
 pub(crate) struct Rest {
     number: u64,
+    idle: Duration,
     requests: Requests,
     body: oneshot::Sender<Body>,
 }
@@ -119,9 +128,9 @@ impl Rest {
     /// Hands the body to the next flight, or keeps it for a moment until that one comes.
     pub(crate) fn give(self, body: Body) {
         if self.body.send(body).is_ok() && self.requests.has(self.number) {
-            let (requests, number) = (self.requests, self.number);
+            let Self { number, idle, requests, .. } = self;
             tokio::spawn(async move {
-                tokio::time::sleep(IDLE).await;
+                tokio::time::sleep(idle).await;
                 requests.forget(number);
             });
         }
@@ -132,8 +141,8 @@ impl Requests {
     /// Takes a body of a blob from its first byte to `until`, which nobody has read of yet, for the first flight.
     pub(crate) fn offer(&self, ahead: Ahead, until: u64) {
         let Ahead { blob, source, body } = ahead;
-        let number =
-            self.table.lock().unwrap_or_else(PoisonError::into_inner).add(blob, source, 0..until, body);
+        let entry = Entry { number: 0, blob, source, position: 0, until, idle: IDLE, body };
+        let number = self.table.lock().unwrap_or_else(PoisonError::into_inner).add(entry);
         let requests = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(AHEAD).await;
@@ -156,11 +165,17 @@ impl Requests {
         let found = table.entries.iter().enumerate().filter(|(_, entry)| fits(entry));
         let found = found.max_by_key(|(_, entry)| entry.position).map(|(at, _)| at);
         let before = found.map(|at| table.entries.remove(at));
-        let until = before.as_ref().map_or(order.until, |entry| entry.until);
+        let (until, idle) = match &before {
+            Some(entry) => (entry.until, entry.idle),
+            // In turn, bodies that make room for each other would each be gone when their flight comes.
+            None if order.urgency == Urgency::Ahead && table.is_full() => (range.end, IDLE),
+            None => (order.until, if order.urgency == Urgency::Ahead { TURN } else { IDLE }),
+        };
         let after = (until > range.end).then(|| {
             let (sender, body) = oneshot::channel();
-            let number = table.add(blob, source.to_owned(), range.end..until, body);
-            Rest { number, requests: self.clone(), body: sender }
+            let (source, position) = (source.to_owned(), range.end);
+            let number = table.add(Entry { number: 0, blob, source, position, until, idle, body });
+            Rest { number, idle, requests: self.clone(), body: sender }
         });
         Share { before: before.map(|entry| entry.body), after, until }
     }
@@ -183,4 +198,99 @@ fn stored_range(chunks: &[(u32, ChunkSpec, Slab)]) -> Option<Range<u64>> {
     });
     ends.reduce(|(start, end), (other, last)| (start.min(other), end.max(last)))
         .map(|(start, end)| start..end)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt as _;
+    use skimmer_engine::FlightId;
+    use skimmer_fetcher::chunk::{ChunkDigest, Codec};
+    use skimmer_fetcher::layout::Layout;
+    use skimmer_fetcher::source::BlobRef;
+
+    use super::*;
+    use crate::arena::Arena;
+
+    const STEP: u32 = 4096;
+
+    /// Flights of one chunk each, of blobs of many.
+    struct Flights {
+        arena: Arena,
+        source: Arc<Layout>,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Flights {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let source = Arc::new(Layout::create(dir.path().join("layout")).unwrap());
+            Self { arena: Arena::unregistered(1 << 20).unwrap(), source, _dir: dir }
+        }
+
+        fn blob(number: u8) -> BlobRef {
+            BlobRef { digest: Digest::of(&[number]), size: 1 << 20 }
+        }
+
+        /// The flight of the chunk `at` of the blob `number`; more is meant to follow.
+        fn order(&self, number: u8, at: u32, urgency: Urgency) -> Order {
+            let stored_offset = u64::from(at * STEP);
+            let digest = ChunkDigest::Blake3([0; 32]);
+            let spec = ChunkSpec { stored_offset, stored_len: STEP, len: STEP, codec: Codec::None, digest };
+            let slab = self.arena.alloc(4096).unwrap();
+            Order {
+                flight: FlightId(0),
+                blob: Self::blob(number),
+                source: Arc::clone(&self.source) as _,
+                urgency,
+                shares: true,
+                until: 1 << 20,
+                chunks: vec![(at, spec, slab)],
+            }
+        }
+
+        /// What is left of a reply when the first flight has its bytes.
+        fn rest(&self, number: u8) -> Body {
+            let range = u64::from(STEP)..1 << 20;
+            let name = skimmer_fetcher::Source::name(&*self.source);
+            Body::new(name, &Self::blob(number), range, None, futures_util::stream::empty().boxed())
+        }
+    }
+
+    #[tokio::test]
+    async fn in_turn_no_blob_makes_room_for_another() {
+        let (flights, requests) = (Flights::new(), Requests::default());
+        let most = u8::try_from(MOST).unwrap();
+        let first: Vec<_> =
+            (0..2 * most).map(|number| requests.join(&flights.order(number, 0, Urgency::Ahead))).collect();
+        for (number, share) in first.iter().enumerate() {
+            let keeps = number < MOST;
+            assert_eq!(share.after.is_some(), keeps, "{number}");
+            assert_eq!(share.until, if keeps { 1 << 20 } else { u64::from(STEP) }, "{number}");
+        }
+        for number in 0..2 * most {
+            let share = requests.join(&flights.order(number, 1, Urgency::Ahead));
+            assert_eq!(share.before.is_some(), number < most, "{number}");
+        }
+        // Somebody waits for this one.
+        let share = requests.join(&flights.order(99, 0, Urgency::Demand));
+        assert!(share.after.is_some() && share.until == 1 << 20);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_of_a_prefetch_waits_longer_than_one_of_a_read() {
+        let (flights, requests) = (Flights::new(), Requests::default());
+        for (number, urgency, wait, is_there) in [
+            (0, Urgency::Demand, IDLE / 2, true),
+            (1, Urgency::Demand, IDLE * 2, false),
+            (2, Urgency::Ahead, IDLE * 2, true),
+            (3, Urgency::Ahead, TURN * 2, false),
+        ] {
+            let mut share = requests.join(&flights.order(number, 0, urgency));
+            share.after.take().unwrap().give(flights.rest(number));
+            tokio::time::sleep(wait).await;
+            let mut next = requests.join(&flights.order(number, 1, Urgency::Ahead));
+            let body = next.take_over(STEP.into()).await;
+            assert_eq!(body.is_some(), is_there, "{number}");
+        }
+    }
 }

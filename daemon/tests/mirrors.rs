@@ -5,7 +5,7 @@ mod world;
 
 use std::time::Duration;
 
-use skimmer_client::MountRequest;
+use skimmer_client::{MountRequest, PrefetchRequest};
 use skimmer_fetcher::layout::Layout;
 use skimmer_fetcher::testing::{Fault, FaultServer};
 use world::{World, content, drop_caches, until_ready};
@@ -104,5 +104,40 @@ async fn a_sequential_read_is_few_requests() {
     assert!(asked <= 100 * u64::try_from(SIZE).unwrap() / (1 << 30), "{asked} requests");
     eprintln!("{asked} requests for {} MiB", SIZE >> 20);
     until_ready(&client).await;
+    world.assert_all_gone(&client).await;
+}
+
+/// A prefetch takes its blobs in turn; one that waits longer for its turn than a reader is waited for keeps its request.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefetch_of_many_blobs_asks_once_for_each() {
+    const IMAGES: u32 = 8;
+    let Some(mut world) = World::start() else { return };
+    // Two flights of a prefetch at a time.
+    std::fs::write(world.path("config.toml"), "[fetch]\nbudget_mib = 16\n").unwrap();
+    let client = world.start_daemon().await;
+    let mut servers = Vec::new();
+    for number in 0..IMAGES {
+        std::fs::write(world.path("tree/file"), content(100 + number, 6 << 20)).unwrap();
+        let (image, target) = (format!("img{number}"), format!("mnt{number}"));
+        world.pack(&image);
+        let server = FaultServer::start(Layout::open(world.path(&image)).unwrap()).unwrap();
+        std::fs::create_dir_all(world.path(&target)).unwrap();
+        client
+            .mount(&MountRequest::new(format!("{}/a/b", server.host()), world.path(&target)))
+            .await
+            .unwrap();
+        server.fault(Fault::Slow(2 << 20));
+        servers.push((server.counts().blob_requests, server, target));
+    }
+    for (.., target) in &servers {
+        let target = world.path(target);
+        let request = PrefetchRequest { target, paths: Vec::new(), background: false, wait: false };
+        client.prefetch(&request).await.unwrap();
+    }
+    until_ready(&client).await;
+    for (before, server, target) in &servers {
+        assert_eq!(server.counts().blob_requests - before, 1, "{target}");
+        world.umount(&client, target).await;
+    }
     world.assert_all_gone(&client).await;
 }

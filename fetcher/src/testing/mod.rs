@@ -51,6 +51,8 @@ pub enum Fault {
     Stall(u64),
     /// A right reply after a wait.
     SlowFirstByte(Duration),
+    /// A right reply at this many bytes a second.
+    Slow(u32),
     /// 416 with a `Content-Length` of 64 MiB and a body of 33 bytes, as docker-registry 2.8.2 sends it.
     HugeErrorLength,
     /// A right reply in which one bit of each byte is wrong.

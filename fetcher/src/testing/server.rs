@@ -42,6 +42,9 @@ impl Incoming {
     }
 }
 
+/// Bodies are sent in pieces, so that a client that goes away early is noticed and counted right.
+const PIECE: usize = 64 * 1024;
+
 /// How a body ends.
 #[derive(PartialEq)]
 enum End {
@@ -58,6 +61,8 @@ struct Reply {
     length: Option<u64>,
     chunked: bool,
     wait: Duration,
+    /// Before each piece of the body.
+    pause: Duration,
     end: End,
     /// A blob's bytes, to be counted.
     blob: bool,
@@ -72,6 +77,7 @@ impl Reply {
             length: None,
             chunked: false,
             wait: Duration::ZERO,
+            pause: Duration::ZERO,
             end: End::Right,
             blob: false,
         }
@@ -126,8 +132,8 @@ async fn connection(stream: TcpStream, state: Shared) -> io::Result<()> {
         if head_only {
             continue;
         }
-        // In pieces, so that a client that goes away early is noticed and counted right.
-        for piece in reply.body.chunks(64 * 1024) {
+        for piece in reply.body.chunks(PIECE) {
+            tokio::time::sleep(reply.pause).await;
             if reply.chunked {
                 stream.write_all(format!("{:x}\r\n", piece.len()).as_bytes()).await?;
             }
@@ -413,6 +419,11 @@ fn blob(state: &mut State, request: &Incoming, digest: &str) -> Option<Reply> {
             Reply { length: Some(length), end, ..right }
         }
         Fault::SlowFirstByte(wait) => Reply { wait, ..right },
+        Fault::Slow(rate) => {
+            let pause =
+                Duration::from_secs(1).saturating_mul(u32::try_from(PIECE).unwrap_or(u32::MAX)) / rate.max(1);
+            Reply { pause, ..right }
+        }
         Fault::HugeErrorLength => {
             Reply { length: Some(64 << 20), end: End::Stall, ..Reply::new(416, [b'x'; 33]) }
         }
