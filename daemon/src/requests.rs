@@ -116,23 +116,32 @@ impl Share {
     }
 }
 
-/// Takes what is left of a body.
+/// Takes what is left of a body. When it is dropped, there is none.
 pub(crate) struct Rest {
     number: u64,
     idle: Duration,
     requests: Requests,
-    body: oneshot::Sender<Body>,
+    body: Option<oneshot::Sender<Body>>,
 }
 
 impl Rest {
     /// Hands the body to the next flight, or keeps it for a moment until that one comes.
-    pub(crate) fn give(self, body: Body) {
-        if self.body.send(body).is_ok() && self.requests.has(self.number) {
-            let Self { number, idle, requests, .. } = self;
+    pub(crate) fn give(mut self, body: Body) {
+        let Some(next) = self.body.take() else { return };
+        if next.send(body).is_ok() && self.requests.has(self.number) {
+            let (number, idle, requests) = (self.number, self.idle, self.requests.clone());
             tokio::spawn(async move {
                 tokio::time::sleep(idle).await;
                 requests.forget(number);
             });
+        }
+    }
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        if self.body.take().is_some() {
+            self.requests.forget(self.number);
         }
     }
 }
@@ -175,7 +184,7 @@ impl Requests {
             let (sender, body) = oneshot::channel();
             let (source, position) = (source.to_owned(), range.end);
             let number = table.add(Entry { number: 0, blob, source, position, until, idle, body });
-            Rest { number, idle, requests: self.clone(), body: sender }
+            Rest { number, idle, requests: self.clone(), body: Some(sender) }
         });
         Share { before: before.map(|entry| entry.body), after, until }
     }
@@ -267,13 +276,18 @@ mod tests {
             assert_eq!(share.after.is_some(), keeps, "{number}");
             assert_eq!(share.until, if keeps { 1 << 20 } else { u64::from(STEP) }, "{number}");
         }
-        for number in 0..2 * most {
-            let share = requests.join(&flights.order(number, 1, Urgency::Ahead));
-            assert_eq!(share.before.is_some(), number < most, "{number}");
+        let next: Vec<_> =
+            (0..2 * most).map(|number| requests.join(&flights.order(number, 1, Urgency::Ahead))).collect();
+        for (number, share) in next.iter().enumerate() {
+            assert_eq!(share.before.is_some(), number < MOST, "{number}");
         }
         // Somebody waits for this one.
         let share = requests.join(&flights.order(99, 0, Urgency::Demand));
         assert!(share.after.is_some() && share.until == 1 << 20);
+        // What was given up takes no place.
+        drop((first, next, share));
+        tokio::task::yield_now().await;
+        assert!(requests.join(&flights.order(99, 0, Urgency::Ahead)).after.is_some());
     }
 
     #[tokio::test(start_paused = true)]
