@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use erofs_format::Image;
 use skimmer_client::{AttachMode, Mount, MountRequest, Record};
 
+use super::failure::MAKE_ROOM;
 use super::kernel::{Detached, Source};
+use super::modes::Probed;
 use super::open::Opened;
 use super::recording::recorded_mode;
 use super::{Attachment, DOMAIN, Failure, Kind, Mounts, State, VOLUME, bdi, modes, on_demand, probe};
@@ -129,9 +131,10 @@ impl Mounts {
         request: &MountRequest,
         target: &Path,
     ) -> Result<Plan, Failure> {
-        let reports = self.recent_modes(state.bound).await?;
+        let Probed { reports, full } = self.recent_modes(state.bound).await?;
         let mode = modes::choose(wanted, &reports).map_err(|why| {
-            Failure::new(Kind::Unavailable, why).remedy("`skimmer doctor` explains what each mode needs")
+            let remedy = if full { MAKE_ROOM } else { "`skimmer doctor` explains what each mode needs" };
+            Failure::new(Kind::Unavailable, why).remedy(remedy)
         })?;
         let why = modes::reason(wanted, mode, &reports);
         let is_same = |record: &AttachmentRecord| {

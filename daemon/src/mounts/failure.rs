@@ -1,6 +1,16 @@
 //! Why a request of the control API could not be fulfilled, in words for the person who made it.
 
-use std::fmt;
+use std::{fmt, io};
+
+/// What helps where a file cannot be made for want of room.
+pub(super) const MAKE_ROOM: &str =
+    "free space or inodes on the file system of the root directory (see df and df -i)";
+
+/// Whether there was no room for it.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::NOSPC, Errno::DQUOT].iter().any(|e| error.raw_os_error() == Some(e.raw_os_error()))
+}
 
 /// What kind of failure it is; the control API makes an HTTP status of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,19 +72,9 @@ impl std::error::Error for Failure {}
 
 impl From<crate::store::StoreError> for Failure {
     fn from(error: crate::store::StoreError) -> Self {
-        use rustix::io::Errno;
-        let full = match &error {
-            crate::store::StoreError::Io { source, .. } => {
-                [Errno::NOSPC, Errno::DQUOT].iter().any(|e| source.raw_os_error() == Some(e.raw_os_error()))
-            }
-            _ => false,
-        };
+        let full = matches!(&error, crate::store::StoreError::Io { source, .. } if is_full(source));
         let failure = Self::new(Kind::Internal, error.to_string());
-        if full {
-            failure.remedy("free space or inodes on the file system of the root directory (see df and df -i)")
-        } else {
-            failure
-        }
+        if full { failure.remedy(MAKE_ROOM) } else { failure }
     }
 }
 

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use skimmer_client::{AttachMode, BlobReport, KeeperReport, ModeReport, Mount, MountRequest, StatusReport};
+use skimmer_client::{AttachMode, BlobReport, KeeperReport, Mount, MountRequest, StatusReport};
 use skimmer_fetcher::http::Pool;
 use skimmer_fetcher::reference::Reference;
 use tokio::sync::{Mutex, Semaphore};
@@ -45,6 +45,7 @@ use skimmer_config::Config;
 
 pub use budget::CacheUse;
 pub use failure::{Failure, Kind};
+use modes::Probed;
 pub use scrub::Scrub;
 
 /// How often what could not be released at once is tried again, and mounts that were taken down by others are noticed.
@@ -115,7 +116,7 @@ pub struct Mounts {
     /// Blobs whose file holds all that mounted images refer to: the data path no longer has a file for them.
     complete: StdMutex<HashSet<BlobId>>,
     /// What status requests say about the attach modes; found out by trying, so not at each request.
-    modes: StdMutex<Option<(Instant, Vec<ModeReport>)>>,
+    modes: StdMutex<Option<(Instant, Probed)>>,
     cache: CacheUse,
     scrub: Scrub,
 }
@@ -310,7 +311,7 @@ impl Mounts {
     /// When the data path has stopped.
     pub async fn status(&self) -> Result<StatusReport, Failure> {
         let status = self.driver.status().await?;
-        let modes = self.recent_modes(status.fscache).await?;
+        let modes = self.recent_modes(status.fscache).await?.reports;
         let complete = self.complete.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let blobs = status.blobs.iter().map(|blob| {
@@ -414,24 +415,25 @@ impl Mounts {
         }
     }
 
-    async fn recent_modes(&self, bound: bool) -> Result<Vec<ModeReport>, Failure> {
+    async fn recent_modes(&self, bound: bool) -> Result<Probed, Failure> {
         let recent = self.modes.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match recent {
-            Some((at, reports)) if at.elapsed() < MODES_STAY => Ok(reports),
+            Some((at, probed)) if at.elapsed() < MODES_STAY => Ok(probed),
             _ => self.modes(bound).await,
         }
     }
 
-    async fn modes(&self, bound: bool) -> Result<Vec<ModeReport>, Failure> {
+    async fn modes(&self, bound: bool) -> Result<Probed, Failure> {
         let config = self.config.clone();
         let keeper = self.keeper.as_ref().map(|_| ()).map_err(Clone::clone);
-        let reports = tokio::task::spawn_blocking(move || {
+        let probed = tokio::task::spawn_blocking(move || {
             modes::probe(&config, keeper.as_ref().copied().map_err(String::as_str), bound)
         })
         .await?;
-        let now = (Instant::now(), reports.clone());
-        *self.modes.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
-        Ok(reports)
+        // Room comes back without our knowing: what its want hid is tried again by whoever asks next.
+        let stays = (!probed.full).then(|| (Instant::now(), probed.clone()));
+        *self.modes.lock().unwrap_or_else(PoisonError::into_inner) = stays;
+        Ok(probed)
     }
 
     fn set_complete(&self, blob: BlobId, complete: bool) {

@@ -3,25 +3,38 @@
 use std::path::Path;
 
 use skimmer_client::{AttachMode, ModeReport};
+use skimmer_fanotify::Unsupported;
 
+use super::failure::is_full;
 use super::kernel;
 use skimmer_config::Config;
 
 /// The cachefiles device.
 pub const CACHEFILES: &str = "/dev/cachefiles";
 
+/// What trying every mode found.
+#[derive(Debug, Clone)]
+pub struct Probed {
+    /// A report for each mode.
+    pub reports: Vec<ModeReport>,
+    /// There was no room for the file to try fanotify mode with: its report says nothing about the kernel.
+    pub full: bool,
+}
+
 /// Tries every mode. `keeper`: why nothing can be watched, if so. `bound`: whether the cachefiles device is ours already.
-pub fn probe(config: &Config, keeper: Result<(), &str>, bound: bool) -> Vec<ModeReport> {
+pub fn probe(config: &Config, keeper: Result<(), &str>, bound: bool) -> Probed {
     let report = |mode, found: Result<String, String>| {
         let usable = found.is_ok();
         let (Ok(reason) | Err(reason)) = found;
         ModeReport { mode, usable, reason }
     };
-    vec![
+    let mut full = false;
+    let reports = vec![
         report(AttachMode::Fscache, fscache(config, bound)),
-        report(AttachMode::Fanotify, fanotify(&config.root, keeper)),
+        report(AttachMode::Fanotify, fanotify(&config.root, keeper, &mut full)),
         report(AttachMode::Local, local()),
-    ]
+    ];
+    Probed { reports, full }
 }
 
 fn fscache(config: &Config, bound: bool) -> Result<String, String> {
@@ -37,10 +50,13 @@ fn fscache(config: &Config, bound: bool) -> Result<String, String> {
     Ok(format!("{CACHEFILES} and erofs fsid= mounts are there"))
 }
 
-fn fanotify(root: &Path, keeper: Result<(), &str>) -> Result<String, String> {
+fn fanotify(root: &Path, keeper: Result<(), &str>, full: &mut bool) -> Result<String, String> {
     keeper.map_err(|why| format!("no keeper: {why}"))?;
     kernel::probe_erofs()?;
-    skimmer_fanotify::probe(root).map_err(|error| error.to_string())?;
+    skimmer_fanotify::probe(root).map_err(|error| {
+        *full = matches!(&error, Unsupported::Io { source, .. } if is_full(source));
+        error.to_string()
+    })?;
     Ok(format!("a read of a marked hole in {} raised its event", root.display()))
 }
 

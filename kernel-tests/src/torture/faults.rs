@@ -28,6 +28,8 @@ const DEADLINE: Duration = Duration::from_secs(7);
 /// Requests for blobs that a passing fault hits.
 const PASSING: u64 = 2;
 const PATIENCE: Duration = Duration::from_secs(120);
+/// After which the daemon tries the attach modes anew.
+const MODES_FORGOTTEN: Duration = Duration::from_secs(11);
 
 /// Compares blocks of a mounted image.
 #[derive(Debug, Clone, clap::Args)]
@@ -347,6 +349,8 @@ impl Suite {
             "mkdir /cache/many; i=0; while true 2>/dev/null > /cache/many/$i; do i=$((i+1)); done; true";
         self.machine.check(&["sh", "-c", script], PATIENCE)?;
         let lasting = self.compare(&mounted, 0, BLOCKS / 2)?;
+        // The daemon has forgotten by then which modes work, and finds no room to try.
+        std::thread::sleep(MODES_FORGOTTEN);
         let refused = self.mount().err().context("an image was mounted without a file to be made")?;
         let refused = format!("{refused:#}");
         ensure!(refused.contains("No space left") && refused.contains("inode"), "{refused}");
