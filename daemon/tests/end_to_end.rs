@@ -3,6 +3,7 @@
 
 mod world;
 
+use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -190,7 +191,15 @@ async fn the_cache_keeps_its_budget() {
     for (turn, number) in [6, 0, 6, 1, 2, 3, 4, 5, 0, 5].into_iter().enumerate() {
         let image = &images[usize::try_from(number).unwrap()];
         if turn == 2 {
-            let left = largest_blob(&world.path("root/blobs"));
+            let mut looks = 0;
+            let left = loop {
+                let left = largest_blob(&world.path("root/blobs"));
+                looks += 1;
+                if left < 36 << 20 || looks == 500 {
+                    break left;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            };
             assert!(left > 10 << 20 && left < 36 << 20, "{left} bytes are left of 6\n{}", world.log());
         }
         client.mount(&MountRequest::new(image, world.path("mnt"))).await.unwrap();
@@ -204,7 +213,9 @@ async fn the_cache_keeps_its_budget() {
         world.umount(&client, "mnt").await;
         drop_caches();
     }
-    assert!(most <= BUDGET, "{most} bytes were used\n{}", world.log());
+    // What a mount begins with is not a flight's, and is counted at the next look.
+    let flight = skimmer_engine::Config::default().max_flight;
+    assert!(most <= BUDGET + flight, "{most} bytes were used\n{}", world.log());
     let log = world.log();
     assert!(log.matches("evicted").count() >= 4 && log.contains("evicted ranges"), "{log}");
     assert!(!log.contains("mounted images need"), "{log}");
@@ -221,17 +232,29 @@ fn largest_blob(dir: &std::path::Path) -> u64 {
     files.max_by_key(std::fs::Metadata::len).unwrap().blocks() * 512
 }
 
-/// What the files below a directory take of the disk.
+/// What the files below a directory take of the disk, at least. One file grows while another one shrinks, so that a sum
+/// over one look at each may count bytes that were never there together. A file that grows had, between two looks at all
+/// of them, no less than at the first, and one that shrinks no less than at the second.
 fn disk_use(dir: &std::path::Path) -> u64 {
+    let (mut first, mut second) = (HashMap::new(), HashMap::new());
+    look(dir, &mut first);
+    look(dir, &mut second);
+    first.iter().filter_map(|(inode, bytes)| second.get(inode).map(|again| bytes.min(again))).sum()
+}
+
+/// The disk space of the files below a directory, by inode.
+fn look(dir: &std::path::Path, found: &mut HashMap<u64, u64>) {
     use std::os::unix::fs::MetadataExt;
-    let entries = std::fs::read_dir(dir).unwrap().filter_map(Result::ok);
-    let size = |entry: std::fs::DirEntry| match entry.metadata() {
-        Ok(metadata) if metadata.is_dir() => disk_use(&entry.path()),
-        Ok(metadata) => metadata.blocks() * 512,
-        // Gone meanwhile.
-        Err(_) => 0,
-    };
-    entries.map(size).sum()
+    for entry in std::fs::read_dir(dir).unwrap().filter_map(Result::ok) {
+        match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => look(&entry.path(), found),
+            Ok(metadata) => {
+                found.insert(metadata.ino(), metadata.blocks() * 512);
+            }
+            // Gone meanwhile.
+            Err(_) => {}
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ mod common;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -605,6 +605,35 @@ fn prefetch_fills_without_a_reader() {
     // Many flights, one request.
     assert!(made.spec.device_bytes > 4 << 20, "{}", made.spec.device_bytes);
     assert_eq!(source.requests(), 1);
+    rig.wait(rig.handle.unwatch(made.id())).unwrap();
+    assert!(std::fs::read(&path).unwrap() == made.device);
+    rig.stop();
+}
+
+#[test]
+fn no_more_is_written_than_is_allowed() {
+    const ALLOWED: [u64; 2] = [2_500_000, 4_500_000];
+    let Some(machine) = Machine::new() else { return };
+    let made = blob(38, 300, 60_000);
+    assert!(made.spec.device_bytes > 7_000_000, "{}", made.spec.device_bytes);
+    let rig = machine.rig(DriverConfig { engine: skimmer_engine::Config::default(), ..hasty() });
+    rig.add(&made, ReadyBits::new(), vec![Memory::new("memory", &made)]);
+    let (path, writer) = machine.file(&made);
+    rig.wait(rig.handle.watch(made.id(), writer.into())).unwrap();
+    let shorts = || rig.sink.0.lock().unwrap().iter().filter(|said| **said == Said::Short).count();
+    for (turn, allowed) in ALLOWED.into_iter().enumerate() {
+        rig.wait(rig.handle.allow(allowed)).unwrap();
+        rig.wait(rig.handle.prefetch(made.id(), 0..made.spec.device_bytes, false)).unwrap();
+        rig.until("short", || shorts() == turn + 1);
+        let used = path.metadata().unwrap().blocks() * 512;
+        assert!(used <= allowed, "{used} bytes after {allowed} were allowed");
+    }
+    // Nobody makes room: readers do not wait for ever.
+    let end = made.spec.device_bytes - 4096;
+    let found = now(&read(&path, end, 4096)).unwrap();
+    assert!(found == made.device[usize::try_from(end).unwrap()..]);
+    rig.until("complete", || rig.sink.has(&Said::Complete(Mode::Fanotify, made.id())));
+    assert_eq!(shorts(), ALLOWED.len());
     rig.wait(rig.handle.unwatch(made.id())).unwrap();
     assert!(std::fs::read(&path).unwrap() == made.device);
     rig.stop();

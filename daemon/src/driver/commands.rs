@@ -109,6 +109,10 @@ impl Driver {
                 }
                 let _ = reply.send(Ok(()));
             }
+            Command::Allow { until, reply } => {
+                self.allowance.give(until);
+                let _ = reply.send(Ok(()));
+            }
             Command::Durable { blob, chunks, reply } => {
                 self.durable(blob, &chunks);
                 let _ = reply.send(Ok(()));

@@ -46,6 +46,8 @@ pub trait ReadySink: Send {
     fn renewed(&self, mode: Mode, blob: BlobId);
     /// A write failed because the file system is full.
     fn full(&self);
+    /// Flights wait, because all was written that is allowed ([`Handle::allow`](super::Handle::allow)).
+    fn short(&self);
     /// Something a person should know: a read that had to be failed, a source that lies, a cache file that refuses
     /// writes. `blob` is `None` where no blob is concerned.
     fn fault(&self, blob: Option<BlobId>, message: &str);

@@ -10,6 +10,7 @@ use skimmer_fetcher::chunk::Verified;
 use skimmer_fetcher::source::Urgency;
 use skimmer_keeper::protocol::Fill;
 
+use super::allowance::Verdict;
 use super::objects::{Blob, FileKey};
 use super::served::Stages;
 use super::{Driver, write_failure};
@@ -93,8 +94,11 @@ impl Driver {
         self.planned.push_back(Planned { flight, object, chunks, until, attempt, since });
     }
 
-    /// Starts planned flights, in order, for as long as there is memory for the first of them.
+    /// Starts planned flights, in order, for as long as there is memory and room in the cache for the first of them.
     pub(super) fn start_planned(&mut self) {
+        if self.planned.is_empty() {
+            self.allowance.rest();
+        }
         while !self.stopping
             && let Some(planned) = self.planned.pop_front()
         {
@@ -114,6 +118,18 @@ impl Driver {
                 self.fail_flight(*flight, *object, what.to_owned(), IMPOSSIBLE);
                 continue;
             };
+            let bytes = runs(list).iter().map(|run| run.end - run.start).sum();
+            let in_flight = u64::try_from(self.arena.in_use()).unwrap_or(u64::MAX);
+            match self.allowance.ask(Instant::now(), bytes, in_flight, || self.metrics.written()) {
+                Verdict::Begin => {}
+                held => {
+                    if held == Verdict::Tell {
+                        self.sink.short();
+                    }
+                    self.planned.push_front(planned);
+                    break;
+                }
+            }
             let Some(buffers) = fetch::buffers(&self.arena, chunks.start, list) else {
                 if self.arena.in_use() == 0 {
                     let what = format!("chunks {chunks:?} are larger than all buffer memory");

@@ -29,6 +29,7 @@ pub(crate) enum Command {
     Prefetch { blob: BlobId, range: Range<u64>, background: bool, reply: Reply<()> },
     Offer { ahead: Ahead, until: u64, reply: Reply<()> },
     StopFill { blob: BlobId, reply: Reply<()> },
+    Allow { until: u64, reply: Reply<()> },
     Durable { blob: BlobId, chunks: Vec<u32>, reply: Reply<()> },
     Lost { mode: Mode, blob: BlobId, kept: ReadyBits, reply: Reply<()> },
     Missing { blob: BlobId, ranges: Vec<Range<u64>>, reply: Reply<(u64, u64)> },
@@ -143,6 +144,12 @@ impl Handle {
     /// Bytes of the chunks in these device ranges, and of those the bytes that are not written yet.
     pub async fn missing(&self, blob: BlobId, ranges: Vec<Range<u64>>) -> Result<(u64, u64), DriverError> {
         self.ask(|reply| Command::Missing { blob, ranges, reply }).await
+    }
+
+    /// How many bytes may have been written to cache files in all ([`Metrics::written`](crate::metrics::Metrics)) before
+    /// flights wait for another allowance, two seconds at most. [`ReadySink::short`](super::ReadySink::short) asks for it.
+    pub async fn allow(&self, until: u64) -> Result<(), DriverError> {
+        self.ask(|reply| Command::Allow { until, reply }).await
     }
 
     /// These chunks of the blob's file are on disk and on record: the keeper serves them whether a daemon lives or not.

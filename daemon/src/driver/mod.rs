@@ -1,6 +1,7 @@
 //! The one thread that owns engine, ring and frontends: it turns what the kernel, the fetch tasks and the daemon say
 //! into engine inputs, and does what the engine puts out.
 
+mod allowance;
 mod commands;
 mod config;
 mod device;
@@ -28,6 +29,7 @@ pub use handle::Handle;
 pub use recording::{Recorded, RecordedFetch, RecordedRead};
 pub use served::{Follower, Served, Stages};
 
+use self::allowance::Allowance;
 use self::commands::Waiting;
 use self::device::DeviceCare;
 use self::flights::{Flight, Planned, UnderWay};
@@ -78,8 +80,9 @@ pub struct Driver {
     cookies: HashMap<CookieKey, CookieRole>,
     reads: HashMap<ReadId, Read>,
     flights: HashMap<FlightId, Flight>,
-    /// Flights that wait for buffer memory, in the engine's order.
+    /// Flights that wait for buffer memory or room in the cache, in the engine's order.
     planned: VecDeque<Planned>,
+    allowance: Allowance,
     writes: HashMap<WriteId, UnderWay>,
     /// fanotify events whose blob is not known (again) yet.
     parked: VecDeque<Parked>,
@@ -201,6 +204,7 @@ impl Driver {
             reads: HashMap::new(),
             flights: HashMap::new(),
             planned: VecDeque::new(),
+            allowance: Allowance::default(),
             writes: HashMap::new(),
             parked: VecDeque::new(),
             waiting: Waiting::default(),
@@ -316,8 +320,10 @@ impl Driver {
             // One more millisecond, so that it is over when the wait is.
             left.saturating_add(Duration::from_millis(1))
         });
-        let device = self.device.due().map(|due| due.saturating_duration_since(Instant::now()));
-        engine.into_iter().chain(parked).chain(device).min()
+        let held = self.allowance.due().filter(|_| !self.stopping);
+        let due = self.device.due().into_iter().chain(held).min();
+        let due = due.map(|due| due.saturating_duration_since(Instant::now()));
+        engine.into_iter().chain(parked).chain(due).min()
     }
 
     /// Ends the driver with this error, at the end of the turn. The first one counts.

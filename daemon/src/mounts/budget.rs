@@ -37,21 +37,27 @@ impl CacheUse {
 
 impl Mounts {
     /// Keeps the cache within its budget, and some of the file system free. `written` tells the bytes written to cache
-    /// files so far. Never ends.
+    /// files so far; when it passes what is allowed, flights wait until it was looked what can go. Never ends.
     pub async fn keep_budget(self: Arc<Self>, written: impl Fn() -> u64) {
         let (mut base, mut base_written, mut next) = (0, written(), 0);
         let mut reminded: Option<Instant> = None;
         loop {
-            let now = written();
+            let (now, short) = (written(), self.journal.was_short());
             let estimate = base + now.saturating_sub(base_written);
             self.cache.used.store(estimate, Ordering::Relaxed);
             let high = self.high(estimate);
             if self.journal.was_full()
+                || short
                 || estimate >= next
                 || (estimate > high && now.saturating_sub(base_written) >= STEP)
             {
                 base_written = now;
-                match self.make_room(high).await {
+                let made = self.make_room(high).await;
+                let used = made.as_ref().ok().copied();
+                let allowed = allowance(self.config.cache.budget_mib << 20, high, used, short);
+                // It fails when the daemon ends.
+                let _ = self.driver.allow(now.saturating_add(allowed)).await;
+                match made {
                     Ok(used) => {
                         base = used;
                         // What is over the mark now is needed; it is looked again when there is more of it.
@@ -144,6 +150,18 @@ fn mark(budget: u64, keep_percent: u64, space: Option<(u64, u64)>, used: u64) ->
     by_budget.min(by_space)
 }
 
+/// How much may be written until it is looked again what can go: up to the budget. What mounted images need beyond it is
+/// not refused, only looked at every [`STEP`] when flights wait for it (`short`).
+fn allowance(budget: u64, high: u64, used: Option<u64>, short: bool) -> u64 {
+    match used {
+        Some(used) if budget > 0 => {
+            let step = if short && used > high { STEP } else { 0 };
+            budget.saturating_sub(used).max(step)
+        }
+        _ => u64::MAX,
+    }
+}
+
 /// Whether a superblock, the data path or the kernel has it.
 pub(super) fn is_needed(state: &State, item: &Item) -> bool {
     match item {
@@ -178,5 +196,21 @@ mod tests {
         // 2 GiB free: 3 have to go.
         assert_eq!(mark(0, 5, Some((100 * GIB, 2 * GIB)), 30 * GIB), 27 * GIB);
         assert_eq!(mark(0, 5, Some((100 * GIB, 0)), GIB), 0);
+    }
+
+    #[test]
+    fn no_more_is_allowed_than_the_budget_has_room_for() {
+        const MIB: u64 = 1 << 20;
+        let allowance = |used, short| allowance(64 * MIB, 48 * MIB, used, short);
+        assert_eq!(allowance(Some(40 * MIB), false), 24 * MIB);
+        assert_eq!(allowance(Some(40 * MIB), true), 24 * MIB);
+        // Needed: up to the budget, then step by step.
+        assert_eq!(allowance(Some(60 * MIB), false), 4 * MIB);
+        assert_eq!(allowance(Some(60 * MIB), true), STEP);
+        assert_eq!(allowance(Some(70 * MIB), false), 0);
+        assert_eq!(allowance(Some(70 * MIB), true), STEP);
+        // Not known how much there is, or no budget: anything.
+        assert_eq!(allowance(None, true), u64::MAX);
+        assert_eq!(super::allowance(0, u64::MAX, Some(MIB), true), u64::MAX);
     }
 }

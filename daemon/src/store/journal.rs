@@ -158,10 +158,11 @@ pub struct Journal {
     thread: Arc<Mutex<Option<JoinHandle<bool>>>>,
     grown: Arc<Notify>,
     full: Arc<AtomicBool>,
+    short: Arc<AtomicBool>,
 }
 
 impl Journal {
-    /// Comes back when chunks were written, or could not be for want of space, since the last time.
+    /// Comes back when chunks were written, or could not be for want of space or allowance, since the last time.
     pub async fn grown(&self) {
         self.grown.notified().await;
     }
@@ -169,6 +170,11 @@ impl Journal {
     /// Whether a write failed for want of space since the last time.
     pub fn was_full(&self) -> bool {
         self.full.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether flights wait for an allowance since the last time.
+    pub fn was_short(&self) -> bool {
+        self.short.swap(false, Ordering::Relaxed)
     }
 
     /// Starts the thread. Notices come out of the receiver.
@@ -183,7 +189,17 @@ impl Journal {
             Worker { files: HashMap::new(), disk: SystemDisk, notices, whole: true }.run(&inbox)
         })?;
         let thread = Arc::new(Mutex::new(Some(thread)));
-        Ok((Self { messages, faults, thread, grown: Arc::default(), full: Arc::default() }, outbox))
+        Ok((
+            Self {
+                messages,
+                faults,
+                thread,
+                grown: Arc::default(),
+                full: Arc::default(),
+                short: Arc::default(),
+            },
+            outbox,
+        ))
     }
 
     /// Takes over a file's record. Call it before the data path may write the file. A file that is tracked already
@@ -244,6 +260,11 @@ impl ReadySink for Journal {
 
     fn full(&self) {
         self.full.store(true, Ordering::Relaxed);
+        self.grown.notify_one();
+    }
+
+    fn short(&self) {
+        self.short.store(true, Ordering::Relaxed);
         self.grown.notify_one();
     }
 

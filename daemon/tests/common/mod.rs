@@ -227,6 +227,7 @@ pub enum Said {
     Ready(Mode, BlobId, Vec<u32>),
     Complete(Mode, BlobId),
     Fault(Option<BlobId>, String),
+    Short,
 }
 
 #[derive(Clone, Default)]
@@ -271,6 +272,10 @@ impl ReadySink for Sink {
     fn renewed(&self, _: Mode, _: BlobId) {}
 
     fn full(&self) {}
+
+    fn short(&self) {
+        self.0.lock().unwrap().push(Said::Short);
+    }
 
     fn fault(&self, blob: Option<BlobId>, message: &str) {
         self.0.lock().unwrap().push(Said::Fault(blob, message.to_owned()));
